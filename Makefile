@@ -1,0 +1,42 @@
+# Every target works on a fresh Debian or Ubuntu machine with Rust, a C compiler and Python.
+MODEL := smollm2-135m-instruct
+DEMO := examples/news-summaries
+PYTHON := target/venv/bin/python
+# rustup puts cargo where only a login shell looks.
+export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build models data demo test
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: ## check for cargo, cc, python3 and pip; install what is missing
+	@sh scripts/setup.sh
+
+build: setup ## build target/release/tidemill
+	@echo "build: release build (some minutes when cold)"
+	@cargo build --release --locked -p tidemill --bin tidemill
+
+# The dev binary, so that `make test` needs no release build.
+models: setup ## fetch the default model into the cache
+	@echo "models: fetching $(MODEL) if it is not there (builds the dev binary first)"
+	@cargo run --locked -p tidemill --bin tidemill -- models pull $(MODEL)
+
+data: setup ## fetch 300 real news articles into data/articles.parquet
+	@sh scripts/venv.sh
+	@$(PYTHON) scripts/fetch_news.py
+
+demo: build ## set up, fetch the model, build, summarize the news of the example
+	@target/release/tidemill models pull $(MODEL)
+	@target/release/tidemill run $(DEMO)/pipeline.yaml
+	@if sh scripts/venv.sh; then $(PYTHON) scripts/show_summaries.py $(DEMO)/out/summaries; \
+	else echo "demo: the summaries are Parquet files in $(DEMO)/out/summaries"; fi
+
+test: setup models ## set up and run every check and test that needs no GPU
+	@echo "test: format"
+	@cargo fmt --all --check
+	@echo "test: lints (some minutes when cold)"
+	@cargo clippy --locked --workspace --all-targets -- -D warnings
+	@echo "test: tests"
+	@cargo test --locked --workspace -- --quiet

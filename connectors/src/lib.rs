@@ -1,0 +1,2 @@
+//! Bytes, files and Arrow batches.
+#![forbid(unsafe_code)]

@@ -1,0 +1,50 @@
+//! Model families behind [`Model`](crate::step::Model), and how their weights are found in a file.
+//!
+//! Metadata keys and tensor names of files live in [`config`] and [`weights`] only. What a family computes is
+//! written once, over the ops of `backend`; which numeric path computes it is chosen at load.
+
+pub mod config;
+pub mod fake;
+pub mod llama;
+pub mod weights;
+
+use std::path::PathBuf;
+
+use crate::gguf::GgufError;
+
+pub use self::config::LlamaConfig;
+pub use self::fake::{FakeConfig, FakeModel};
+pub use self::llama::{KvConfig, Llama};
+pub use self::weights::{LlamaWeights, NumericPath};
+
+/// Part of every model digest: to be raised when answers change for the same weights.
+pub const ENGINE_VERSION: u32 = 1;
+
+/// Why a model cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error("model file {path:?} is of the family {family:?}, known is \"llama\"")]
+    UnknownFamily { path: PathBuf, family: String },
+    #[error("model file {path:?} has {value} under metadata key {key:?}, expected {expected}")]
+    InvalidValue { path: PathBuf, key: String, value: String, expected: String },
+    #[error("tensor {name:?} of model file {path:?} has the shape {actual:?}, expected {expected:?}")]
+    Shape { path: PathBuf, name: String, expected: Vec<usize>, actual: Vec<usize> },
+    #[error("tensor {name:?} of model file {path:?} is not part of the llama family")]
+    UnknownTensor { path: PathBuf, name: String },
+    #[error("tensor {name:?} of model file {path:?} holds a number that is not finite")]
+    NotFinite { path: PathBuf, name: String },
+    #[error("head dimension {head_dim} is not a multiple of {multiple}, which the fast path needs")]
+    HeadDim { head_dim: u32, multiple: u32 },
+    #[error("page size {page_size} is not a power of two from {min} to {max}")]
+    PageSize { page_size: u32, min: u32, max: u32 },
+    #[error("a cache of {num_pages} pages of {page_size} tokens is too large or empty")]
+    CacheSize { num_pages: u32, page_size: u32 },
+    #[error("cannot start {num_threads} compute threads")]
+    Threads {
+        num_threads: usize,
+        #[source]
+        source: rayon::ThreadPoolBuildError,
+    },
+}

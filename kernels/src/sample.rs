@@ -1,0 +1,180 @@
+//! Chooses the next token from a row of logits.
+//!
+//! Invariant: the choice is a function of the logits, the parameters and the position alone. The random number of a
+//! draw is computed from `(seed, position)`, there is no generator with a state, so neither the batch nor a restart
+//! can change a draw. Penalties and grammars are deliberately absent.
+
+use crate::step::SamplingParams;
+
+/// The logits or the parameters cannot be sampled from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SampleError {
+    #[error("the logits of token id {token_id} are not finite")]
+    NotFinite { token_id: u32 },
+    #[error("there are no logits to sample from")]
+    Empty,
+    #[error("the temperature is not a number of at least zero")]
+    Temperature,
+    #[error("top_p is not above zero and at most one")]
+    TopP,
+}
+
+/// Chooses the token at `position`.
+pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Result<u32, SampleError> {
+    let best = argmax(logits)?;
+    if params.temperature.is_nan() || params.temperature < 0.0 {
+        return Err(SampleError::Temperature);
+    }
+    if params.temperature == 0.0 || params.top_k == 1 {
+        return Ok(best);
+    }
+    if !(params.top_p > 0.0 && params.top_p <= 1.0) {
+        return Err(SampleError::TopP);
+    }
+    let mut candidates: Vec<Candidate> = (0..).zip(logits).map(|(id, &logit)| Candidate { id, logit }).collect();
+    let top_k = params.top_k as usize;
+    if top_k > 0 && top_k < candidates.len() {
+        candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
+        candidates.truncate(top_k);
+    }
+    // Draws walk the candidates from the most likely on, so the order must not depend on the selection above.
+    candidates.sort_unstable_by(Candidate::order);
+    let max = logits[best as usize];
+    let weights: Vec<f64> =
+        candidates.iter().map(|c| f64::from((c.logit - max) / params.temperature).exp()).collect();
+    Ok(candidates[draw(&weights, params.top_p, uniform(params.seed, position))].id)
+}
+
+/// The highest logit, the lowest id on ties. Negative infinity is a legal logit, but not for every token.
+fn argmax(logits: &[f32]) -> Result<u32, SampleError> {
+    let (mut best, mut max) = (None, f32::NEG_INFINITY);
+    for (id, &logit) in (0u32..).zip(logits) {
+        if logit.is_nan() || logit == f32::INFINITY {
+            return Err(SampleError::NotFinite { token_id: id });
+        }
+        if logit > max {
+            (best, max) = (Some(id), logit);
+        }
+    }
+    best.ok_or(if logits.is_empty() { SampleError::Empty } else { SampleError::NotFinite { token_id: 0 } })
+}
+
+/// Cuts the weights where their share reaches `top_p`, then finds the weight that `uniform` falls on.
+fn draw(weights: &[f64], top_p: f32, uniform: f64) -> usize {
+    let total: f64 = weights.iter().sum();
+    let mut kept = weights.len();
+    let mut kept_sum = 0.0;
+    for (i, weight) in weights.iter().enumerate() {
+        kept_sum += weight;
+        if kept_sum >= f64::from(top_p) * total {
+            kept = i + 1;
+            break;
+        }
+    }
+    let target = uniform * kept_sum;
+    let mut sum = 0.0;
+    for (i, weight) in weights[..kept].iter().enumerate() {
+        sum += weight;
+        if target < sum {
+            return i;
+        }
+    }
+    // Rounding may leave the target at the very end: then it is the last one with any weight.
+    weights[..kept].iter().rposition(|&weight| weight > 0.0).expect("the first weight is one")
+}
+
+/// A number in [0, 1) with 53 random bits, from two rounds of SplitMix64.
+fn uniform(seed: u64, position: u32) -> f64 {
+    let bits = split_mix(split_mix(seed) ^ u64::from(position));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn split_mix(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[derive(Clone, Copy)]
+struct Candidate {
+    id: u32,
+    logit: f32,
+}
+
+impl Candidate {
+    /// Most likely first; the lower id on ties, so that the order is total.
+    fn order(a: &Self, b: &Self) -> std::cmp::Ordering {
+        b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(temperature: f32, top_k: u32, top_p: f32, seed: u64) -> SamplingParams {
+        SamplingParams { temperature, top_p, top_k, seed }
+    }
+
+    /// How often each of four tokens is drawn over many positions.
+    fn histogram(logits: &[f32; 4], params: &SamplingParams) -> [u32; 4] {
+        let mut counts = [0; 4];
+        for position in 0..10_000 {
+            counts[sample(logits, params, position).unwrap() as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_id_on_ties() {
+        assert_eq!(sample(&[1.0, 3.0, 3.0, 2.0], &SamplingParams::GREEDY, 5), Ok(1));
+        assert_eq!(sample(&[-0.0, 0.0], &SamplingParams::GREEDY, 5), Ok(0));
+        assert_eq!(sample(&[f32::NEG_INFINITY, -3.0], &SamplingParams::GREEDY, 5), Ok(1));
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let logits = [0.1f32.ln(), 0.2f32.ln(), 0.3f32.ln(), 0.4f32.ln()];
+        for seed in 0..3 {
+            let counts = histogram(&logits, &params(1.0, 0, 1.0, seed));
+            for (count, expected) in counts.iter().zip([1000i32, 2000, 3000, 4000]) {
+                assert!((*count as i32 - expected).abs() < 200, "seed {seed}: {counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn top_k_and_top_p_cut_the_tail() {
+        let logits = [0.1f32.ln(), 0.2f32.ln(), 0.3f32.ln(), 0.4f32.ln()];
+        let counts = histogram(&logits, &params(1.0, 2, 1.0, 1));
+        assert!(counts[0] == 0 && counts[1] == 0 && counts[2] > 3500 && counts[3] > 5000, "{counts:?}");
+        let counts = histogram(&logits, &params(1.0, 0, 0.65, 1));
+        assert!(counts[0] == 0 && counts[1] == 0 && counts[2] > 3500 && counts[3] > 5000, "{counts:?}");
+        assert_eq!(histogram(&logits, &params(1.0, 1, 1.0, 1)), [0, 0, 0, 10_000]);
+        assert_eq!(histogram(&logits, &params(1e-30, 0, 1.0, 1)), [0, 0, 0, 10_000]);
+    }
+
+    #[test]
+    fn a_draw_depends_on_seed_and_position_only() {
+        let logits: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.7).sin()).collect();
+        let draw = |seed, position| sample(&logits, &params(0.8, 50, 0.95, seed), position).unwrap();
+        assert_eq!(draw(7, 100), draw(7, 100));
+        let by_position: Vec<u32> = (0..20).map(|position| draw(7, position)).collect();
+        let by_seed: Vec<u32> = (0..20).map(|seed| draw(seed, 7)).collect();
+        assert!(by_position.iter().any(|&id| id != by_position[0]));
+        assert!(by_seed.iter().any(|&id| id != by_seed[0]));
+    }
+
+    #[test]
+    fn what_cannot_be_sampled_is_an_error() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert_eq!(sample(&[0.0, bad], &SamplingParams::GREEDY, 0), Err(SampleError::NotFinite { token_id: 1 }));
+        }
+        assert_eq!(sample(&[], &SamplingParams::GREEDY, 0), Err(SampleError::Empty));
+        assert!(sample(&[f32::NEG_INFINITY; 2], &SamplingParams::GREEDY, 0).is_err());
+        assert_eq!(sample(&[0.0], &params(f32::NAN, 0, 1.0, 0), 0), Err(SampleError::Temperature));
+        assert_eq!(sample(&[0.0], &params(-1.0, 0, 1.0, 0), 0), Err(SampleError::Temperature));
+        assert_eq!(sample(&[0.0], &params(1.0, 0, 0.0, 0), 0), Err(SampleError::TopP));
+    }
+}

@@ -1,0 +1,150 @@
+//! The seam between the engine and a model: one ragged batch in, sampled token ids out.
+//!
+//! Layout follows FlashInfer: sequence `s` owns rows `qo_indptr[s]..qo_indptr[s + 1]` of the token arrays and
+//! pages `kv_page_indptr[s]..kv_page_indptr[s + 1]` of `kv_page_indices`. The token at position `p` of a
+//! sequence lives in slot `pages[p / page_size] * page_size + p % page_size`.
+//!
+//! The caller guarantees what [`StepBatch::check`] asserts; a model may rely on it. Which pages are free or
+//! shared is unknown here: see `page_pool` and `prefix_cache` in `tidemill-operators`.
+
+use std::fmt;
+
+/// One fixed-size piece of the KV cache; `page_size` tokens, a power of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageId(pub u32);
+
+/// How the next token is chosen from the logits.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct SamplingParams {
+    /// 0 is greedy: the highest logit, the lowest token id on ties.
+    pub temperature: f32,
+    /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Keep this many of the most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// With the position of the token, decides the draw; so a draw never depends on the batch.
+    pub seed: u64,
+}
+
+impl SamplingParams {
+    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+}
+
+/// One forward pass over any mix of prefill chunks and decodes.
+#[derive(Clone, Debug, Default)]
+pub struct StepBatch {
+    /// `[num_tokens]`
+    pub token_ids: Vec<u32>,
+    /// `[num_tokens]`, consecutive within a sequence.
+    pub positions: Vec<u32>,
+    /// `[num_seqs + 1]`
+    pub qo_indptr: Vec<u32>,
+    /// `[num_seqs + 1]`
+    pub kv_page_indptr: Vec<u32>,
+    /// `[kv_page_indptr.last()]`
+    pub kv_page_indices: Vec<PageId>,
+    /// `[num_seqs]`: `Some` where the token after the sequence's last row is wanted.
+    pub sampling: Vec<Option<SamplingParams>>,
+}
+
+/// `[num_seqs]`: the sampled token where one was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepOutput {
+    pub token_ids: Vec<Option<u32>>,
+}
+
+/// What the engine must know of a model.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    pub name: String,
+    /// Hex digest of the weights and the numeric path: equal digests give equal answers.
+    pub digest: String,
+    pub vocab_size: u32,
+    /// Longest sequence, prompt and answer together, in tokens.
+    pub max_position: u32,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// Tokens per page.
+    pub page_size: u32,
+    pub num_pages: u32,
+}
+
+/// A step failed as a whole; nothing of it was kept.
+#[derive(Debug, thiserror::Error)]
+#[error("model step failed: {message}")]
+pub struct StepError {
+    pub message: String,
+}
+
+/// A model with its KV cache. Answers must not depend on how sequences are cut into steps.
+pub trait Model: Send {
+    fn info(&self) -> &ModelInfo;
+    /// Writes the batch's keys and values to their slots, then samples where asked.
+    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError>;
+}
+
+impl fmt::Display for PageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl StepBatch {
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    pub fn num_seqs(&self) -> usize {
+        self.sampling.len()
+    }
+
+    /// Rows of sequence `seq` in the token arrays.
+    pub fn rows(&self, seq: usize) -> std::ops::Range<usize> {
+        self.qo_indptr[seq] as usize..self.qo_indptr[seq + 1] as usize
+    }
+
+    /// Page table of sequence `seq`.
+    pub fn pages(&self, seq: usize) -> &[PageId] {
+        &self.kv_page_indices[self.kv_page_indptr[seq] as usize..self.kv_page_indptr[seq + 1] as usize]
+    }
+
+    /// Adds one sequence; `positions` start at `first_position`.
+    pub fn push(
+        &mut self,
+        token_ids: &[u32],
+        first_position: u32,
+        pages: &[PageId],
+        sampling: Option<SamplingParams>,
+    ) {
+        if self.qo_indptr.is_empty() {
+            self.qo_indptr.push(0);
+            self.kv_page_indptr.push(0);
+        }
+        self.token_ids.extend_from_slice(token_ids);
+        self.positions.extend((0..token_ids.len() as u32).map(|i| first_position + i));
+        self.kv_page_indices.extend_from_slice(pages);
+        self.qo_indptr.push(self.token_ids.len() as u32);
+        self.kv_page_indptr.push(self.kv_page_indices.len() as u32);
+        self.sampling.push(sampling);
+    }
+
+    /// Asserts the layout; a failure is a bug in the scheduler.
+    #[track_caller]
+    pub fn check(&self, info: &ModelInfo) {
+        assert!(self.num_seqs() > 0, "an empty step");
+        assert_eq!(self.positions.len(), self.num_tokens());
+        assert_eq!(self.qo_indptr.len(), self.num_seqs() + 1);
+        assert_eq!(self.kv_page_indptr.len(), self.num_seqs() + 1);
+        for seq in 0..self.num_seqs() {
+            let rows = self.rows(seq);
+            assert!(!rows.is_empty(), "a sequence without tokens");
+            let first = self.positions[rows.start];
+            let last = self.positions[rows.end - 1];
+            assert_eq!(last - first, rows.len() as u32 - 1, "positions are not consecutive");
+            assert!(last < info.max_position, "position {last} is beyond the model");
+            assert!(last / info.page_size < self.pages(seq).len() as u32, "no page for position {last}");
+        }
+        assert!(self.token_ids.iter().all(|&id| id < info.vocab_size), "token id beyond the vocabulary");
+        assert!(self.kv_page_indices.iter().all(|page| page.0 < info.num_pages), "page beyond the cache");
+    }
+}

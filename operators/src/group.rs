@@ -1,0 +1,112 @@
+//! `group`: prompts leave in an order that reuses prefixes, at the rate the engines ask for them.
+//!
+//! One worker sees the whole window, so equal prefixes meet wherever they were tokenized. The window holds
+//! what the source's credit lets in and nothing waits for it to fill: prompts leave while an engine has room
+//! ([`Demand`]), and those that arrive meanwhile are planned together next. The order itself is in
+//! [`window`]; pages and cached prefixes are the engine's business.
+
+pub mod window;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use timely::container::CapacityContainerBuilder;
+use timely::dataflow::StreamVec;
+use timely::dataflow::channels::pact::Exchange;
+use timely::dataflow::operators::{Capability, Operator};
+use timely::scheduling::SyncActivator;
+
+use crate::Epoch;
+use crate::tokenize::Prompt;
+use window::Window;
+
+/// How many prompts each worker's engine has, and how many it wants.
+///
+/// `group` is the only one to raise a count, `infer` the only one to lower it.
+#[derive(Debug)]
+pub struct Demand {
+    /// `[num_workers]`
+    outstanding: Vec<AtomicUsize>,
+    target: usize,
+    group: OnceLock<SyncActivator>,
+}
+
+impl Demand {
+    /// Each engine is handed prompts until it has `target` of them.
+    pub fn new(num_workers: usize, target: usize) -> Self {
+        assert!(target > 0);
+        let outstanding = (0..num_workers).map(|_| AtomicUsize::new(0)).collect();
+        Self { outstanding, target, group: OnceLock::new() }
+    }
+
+    fn take(&self, worker: usize) -> bool {
+        if self.outstanding[worker].load(Ordering::Acquire) >= self.target {
+            return false;
+        }
+        self.outstanding[worker].fetch_add(1, Ordering::AcqRel);
+        true
+    }
+
+    fn give_back(&self, worker: usize) {
+        let before = self.outstanding[worker].fetch_sub(1, Ordering::AcqRel);
+        assert!(before > 0, "more prompts finished than were handed out");
+    }
+
+    /// A prompt of this worker is finished: there is room for another.
+    pub fn finished(&self, worker: usize) {
+        self.give_back(worker);
+        if let Some(group) = self.group.get() {
+            // Fails only when the worker is gone, and then nobody needs waking.
+            let _ = group.activate();
+        }
+    }
+}
+
+/// Extension trait of prompt streams.
+pub trait Group<'scope> {
+    /// Orders prompts by shared prefix and size and hands each to a worker.
+    fn group(self, demand: Arc<Demand>) -> StreamVec<'scope, Epoch, Prompt>;
+}
+
+impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
+    fn group(self, demand: Arc<Demand>) -> StreamVec<'scope, Epoch, Prompt> {
+        let wake = self.scope().worker();
+        let worker_index = wake.index();
+        let to_first = Exchange::new(|_: &Prompt| 0);
+        self.unary::<CapacityContainerBuilder<Vec<Prompt>>, _, _, _>(to_first, "Group", move |_, info| {
+            let num_workers = demand.outstanding.len();
+            if worker_index == 0 {
+                // Set once: a second dataflow over the same demand would be a bug of the renderer.
+                demand.group.set(wake.sync_activator_for(info.address.to_vec())).expect("one group a demand");
+            }
+            let mut window: Window<(Epoch, Prompt)> = Window::new(num_workers);
+            let mut held: BTreeMap<Epoch, (Capability<Epoch>, usize)> = BTreeMap::new();
+            move |input, output| {
+                input.for_each(|capability, prompts| {
+                    let Some(capability) = capability.retain_least(0) else { return };
+                    let epoch = *capability.time();
+                    held.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
+                    for prompt in prompts.drain(..) {
+                        window.insert(Arc::clone(&prompt.token_ids), (epoch, prompt));
+                    }
+                });
+                for worker in 0..num_workers {
+                    while !window.is_empty() && demand.take(worker) {
+                        let Some((epoch, mut prompt)) = window.next_for(worker) else {
+                            demand.give_back(worker);
+                            break;
+                        };
+                        prompt.worker = worker as u32;
+                        let (capability, count) = held.get_mut(&epoch).expect("held with its first prompt");
+                        output.session(&*capability).give(prompt);
+                        *count -= 1;
+                        if *count == 0 {
+                            held.remove(&epoch);
+                        }
+                    }
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,130 @@
+//! `infer`: prompts in, answered documents out, with the engine on a thread of its own.
+//!
+//! The operator never blocks and never computes: it hands prompts to a [`runner`] and is woken when answers
+//! are in its mailbox. It keeps one capability an open epoch and drops it with the epoch's last answer, so
+//! the frontier passes an epoch exactly when all its documents are done.
+
+pub mod engine;
+pub mod page_pool;
+pub mod prefix_cache;
+pub mod runner;
+pub mod scheduler;
+pub mod sequence;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use timely::container::CapacityContainerBuilder;
+use timely::dataflow::StreamVec;
+use timely::dataflow::channels::pact::Exchange;
+use timely::dataflow::operators::{Capability, Operator};
+
+use crate::Epoch;
+use crate::document::Document;
+use crate::group::Demand;
+use crate::tokenize::Prompt;
+use runner::{EngineHandle, Mailbox, Work};
+
+/// Where operators and their threads report that the world is broken; the first report stands.
+#[derive(Clone, Debug, Default)]
+pub struct Failure {
+    message: Arc<Mutex<Option<String>>>,
+}
+
+impl Failure {
+    /// Reports an error with its causes.
+    pub fn fail(&self, error: &dyn std::error::Error) {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            message.push_str(": ");
+            message.push_str(&error.to_string());
+            cause = error.source();
+        }
+        self.message.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+    }
+
+    pub fn get(&self) -> Option<String> {
+        self.message.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Documents whose answers are being made.
+#[derive(Default)]
+struct Open {
+    /// By tag.
+    documents: BTreeMap<u64, (Epoch, Document)>,
+    /// The capability of each epoch and how many of its documents are open.
+    epochs: BTreeMap<Epoch, (Capability<Epoch>, usize)>,
+    next_tag: u64,
+}
+
+impl Open {
+    fn insert(&mut self, epoch: Epoch, document: Document) -> u64 {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        self.documents.insert(tag, (epoch, document));
+        tag
+    }
+
+    fn remove(&mut self, tag: u64) -> (Epoch, Document) {
+        self.documents.remove(&tag).expect("a tag is answered once")
+    }
+}
+
+/// Extension trait of grouped prompt streams.
+pub trait Infer<'scope> {
+    /// Answers each prompt on the worker it was assigned to.
+    fn infer(
+        self,
+        step: Arc<str>,
+        engine: EngineHandle,
+        demand: Arc<Demand>,
+    ) -> StreamVec<'scope, Epoch, Document>;
+}
+
+impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
+    fn infer(
+        self,
+        step: Arc<str>,
+        engine: EngineHandle,
+        demand: Arc<Demand>,
+    ) -> StreamVec<'scope, Epoch, Document> {
+        let worker = self.scope().worker();
+        let index = worker.index();
+        let assigned = Exchange::new(|prompt: &Prompt| u64::from(prompt.worker));
+        self.unary::<CapacityContainerBuilder<Vec<Document>>, _, _, _>(assigned, "Infer", move |_, info| {
+            let mailbox = Arc::new(Mailbox::new(worker.sync_activator_for(info.address.to_vec())));
+            let mut open = Open::default();
+            move |input, output| {
+                input.for_each(|capability, prompts| {
+                    let Some(capability) = capability.retain_least(0) else { return };
+                    let epoch = *capability.time();
+                    open.epochs.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
+                    for prompt in prompts.drain(..) {
+                        let tag = open.insert(epoch, prompt.document);
+                        engine.submit(Work {
+                            tag,
+                            key: prompt.key,
+                            token_ids: prompt.token_ids,
+                            max_tokens: prompt.max_tokens,
+                            sampling: prompt.sampling,
+                            reply: Arc::clone(&mailbox),
+                        });
+                    }
+                });
+                for (tag, generated) in mailbox.take() {
+                    let (epoch, mut document) = open.remove(tag);
+                    document.results.insert(Arc::clone(&step), generated);
+                    let (capability, count) = open.epochs.get_mut(&epoch).expect("open with its documents");
+                    output.session(&*capability).give(document);
+                    *count -= 1;
+                    if *count == 0 {
+                        open.epochs.remove(&epoch);
+                    }
+                    demand.finished(index);
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,146 @@
+//! The main property: an answer depends on its prompt and parameters only. Not on how many sequences run at once, on
+//! the token budget, the page size, the size or state of the cache, the order of arrival, or steps that failed.
+
+use std::collections::BTreeMap;
+
+use tidemill_kernels::models::FakeModel;
+use tidemill_kernels::step::SamplingParams;
+
+use super::super::page_pool::fuzz::Random;
+use super::super::sequence::{FinishReason, SequenceId};
+use super::tests::{VOCAB_SIZE, fake_model, naive_answer};
+use super::*;
+
+/// Fails one step in eight, before or after it wrote to the cache.
+struct FlakyModel {
+    model: FakeModel,
+    random: Random,
+}
+
+impl Model for FlakyModel {
+    fn info(&self) -> &ModelInfo {
+        self.model.info()
+    }
+
+    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
+        let fail = || Err(StepError { message: "planned".to_owned() });
+        if self.random.one_in(16) {
+            return fail();
+        }
+        let output = self.model.step(batch)?;
+        if self.random.one_in(16) { fail() } else { Ok(output) }
+    }
+}
+
+type Answers = BTreeMap<SequenceId, (Vec<u32>, FinishReason)>;
+
+/// Prompts which share prefixes of all lengths, some of them equal.
+fn workload(random: &mut Random) -> Vec<SequenceRequest> {
+    let mut requests: Vec<SequenceRequest> = Vec::new();
+    let max_prompt_len = *random.pick(&[6, 20, 80]);
+    let max_max_tokens = *random.pick(&[2, 12, 30]);
+    for id in 0..random.between(1, 24) {
+        let mut token_ids = Vec::new();
+        if !requests.is_empty() && !random.one_in(5) {
+            let earlier = &random.pick(&requests).token_ids;
+            token_ids.extend_from_slice(&earlier[..random.between(0, earlier.len())]);
+        }
+        let len = random.between(token_ids.len().max(1), max_prompt_len);
+        token_ids.resize_with(len, || random.below(VOCAB_SIZE as usize) as u32);
+        let temperature = random.below(2) as f32;
+        let sampling = SamplingParams { temperature, seed: random.below(3) as u64, ..SamplingParams::GREEDY };
+        let max_tokens = random.between(1, max_max_tokens) as u32;
+        requests.push(SequenceRequest {
+            id: SequenceId(id as u64),
+            token_ids: token_ids.into(),
+            max_tokens,
+            sampling,
+        });
+    }
+    requests
+}
+
+/// An engine in which each of the sequences fits alone; often not more than that.
+fn random_engine(random: &mut Random, requests: &[SequenceRequest]) -> Engine {
+    let page_size = *random.pick(&[1, 2, 4, 16, 64]);
+    let longest = requests.iter().map(|request| request.token_ids.len() + request.max_tokens as usize).max();
+    let least_pages = longest.expect("there are requests").div_ceil(page_size);
+    let num_pages = least_pages + *random.pick(&[0, 0, 1, 2, 5, 20, 500]);
+    let config = EngineConfig {
+        max_num_seqs: *random.pick(&[1, 2, 3, 8, 64]),
+        max_num_batched_tokens: *random.pick(&[1, 2, 3, 7, 16, 50, 1000]),
+        enable_prefix_cache: !random.one_in(3),
+    };
+    println!("{config:?}, {num_pages} pages of {page_size}");
+    let model = fake_model(num_pages as u32, page_size as u32);
+    Engine::new(Box::new(FlakyModel { model, random: Random::new(random.next()) }), config)
+}
+
+/// Submits in random order, some of it mid-flight, and steps until all is done.
+fn run(random: &mut Random, engine: &mut Engine, requests: &[SequenceRequest]) -> Vec<Finished> {
+    let mut to_submit = requests.to_vec();
+    let mut finished = Vec::new();
+    let patience = *random.pick(&[1, 2, 6]);
+    while engine.has_work() || !to_submit.is_empty() {
+        while !to_submit.is_empty() && random.one_in(patience) {
+            let request = to_submit.swap_remove(random.below(to_submit.len()));
+            engine.submit(request).expect("each sequence fits");
+        }
+        finished.extend(engine.step().unwrap_or_default());
+        check_stats_in_flight(engine);
+    }
+    finished
+}
+
+fn check_stats_in_flight(engine: &Engine) {
+    let stats = engine.stats();
+    assert!(stats.kv_pages_in_use + stats.kv_pages_cached <= stats.kv_pages_total);
+    assert!(stats.computed_tokens <= stats.step_tokens);
+    assert!(stats.recomputed_tokens <= stats.computed_tokens + stats.reused_tokens);
+}
+
+fn check_stats_at_the_end(engine: &Engine, finished: &[Finished]) {
+    let sum = |value: fn(&Finished) -> u32| finished.iter().map(|one| u64::from(value(one))).sum::<u64>();
+    let stats = engine.stats();
+    assert_eq!(stats.finished, finished.len() as u64);
+    assert_eq!(stats.prompt_tokens, sum(|one| one.prompt_len));
+    assert_eq!(stats.computed_tokens, sum(|one| one.computed_len));
+    assert_eq!(stats.reused_tokens, sum(|one| one.reused_len));
+    assert_eq!(stats.output_tokens, sum(|one| one.token_ids.len() as u32));
+    assert_eq!(stats.prompt_tokens + stats.recomputed_tokens, stats.computed_tokens + stats.reused_tokens);
+    assert_eq!(stats.kv_pages_in_use, 0);
+    if stats.preemptions == 0 {
+        assert_eq!(stats.recomputed_tokens, 0);
+    }
+}
+
+#[test]
+fn answers_depend_on_the_prompt_only() {
+    let (mut preemptions, mut reused_tokens, mut stops) = (0, 0, 0);
+    for seed in 0..150 {
+        let mut random = Random::new(seed);
+        let requests = workload(&mut random);
+        let naive: Answers = requests.iter().map(|request| (request.id, naive_answer(request))).collect();
+        // The second round finds what the first has left in the cache.
+        for _ in 0..4 {
+            let mut engine = random_engine(&mut random, &requests);
+            let mut finished = Vec::new();
+            for _ in 0..2 {
+                let round = run(&mut random, &mut engine, &requests);
+                let answers: Answers =
+                    round.iter().map(|one| (one.id, (one.token_ids.clone(), one.reason))).collect();
+                assert_eq!(round.len(), requests.len());
+                assert_eq!(answers, naive);
+                finished.extend(round);
+            }
+            check_stats_at_the_end(&engine, &finished);
+            preemptions += engine.stats().preemptions;
+            reused_tokens += engine.stats().reused_tokens;
+            stops += finished.iter().filter(|one| one.reason == FinishReason::Stop).count();
+        }
+    }
+    println!("{preemptions} preemptions, {reused_tokens} tokens reused, {stops} stops");
+    assert!(preemptions > 100, "too few preemptions to show anything");
+    assert!(reused_tokens > 1000, "too little reuse to show anything");
+    assert!(stops > 100, "too few stops to show anything");
+}

@@ -1,0 +1,205 @@
+use std::collections::VecDeque;
+
+use tidemill_kernels::models::{FakeConfig, FakeModel};
+use tidemill_kernels::step::{PageId, SamplingParams};
+
+use super::super::sequence::{FinishReason, SequenceId};
+use super::*;
+
+pub(super) const VOCAB_SIZE: u32 = 24;
+
+pub(super) fn fake_model(num_pages: u32, page_size: u32) -> FakeModel {
+    FakeModel::new(FakeConfig {
+        vocab_size: VOCAB_SIZE,
+        eos_probability: 0.04,
+        page_size,
+        num_pages,
+        ..FakeConfig::default()
+    })
+}
+
+/// Returns what it was given instead of a step's outcome, as long as there is any.
+struct ScriptedModel {
+    model: FakeModel,
+    outcomes: VecDeque<Result<StepOutput, StepError>>,
+}
+
+impl Model for ScriptedModel {
+    fn info(&self) -> &ModelInfo {
+        self.model.info()
+    }
+
+    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
+        self.outcomes.pop_front().unwrap_or_else(|| self.model.step(batch))
+    }
+}
+
+/// One sequence alone, one token a step, without the engine.
+pub(super) fn naive_answer(request: &SequenceRequest) -> (Vec<u32>, FinishReason) {
+    let max_len = request.token_ids.len() as u32 + request.max_tokens;
+    let mut model = fake_model(max_len, 1);
+    let eos_token_id = model.info().eos_token_ids[0];
+    let pages: Vec<PageId> = (0..max_len).map(PageId).collect();
+    let mut token_ids = request.token_ids.to_vec();
+    let mut position = 0;
+    loop {
+        let mut batch = StepBatch::default();
+        let is_last = position + 1 == token_ids.len();
+        batch.push(&[token_ids[position]], position as u32, &pages, is_last.then_some(request.sampling));
+        let output = model.step(&batch).unwrap();
+        position += 1;
+        let Some(token_id) = output.token_ids[0] else { continue };
+        let reason = if token_id == eos_token_id {
+            FinishReason::Stop
+        } else {
+            token_ids.push(token_id);
+            if (token_ids.len() as u32) < max_len {
+                continue;
+            }
+            FinishReason::Length
+        };
+        return (token_ids.split_off(request.token_ids.len()), reason);
+    }
+}
+
+pub(super) fn request(id: u64, token_ids: &[u32], max_tokens: u32) -> SequenceRequest {
+    SequenceRequest {
+        id: SequenceId(id),
+        token_ids: token_ids.into(),
+        max_tokens,
+        sampling: SamplingParams::GREEDY,
+    }
+}
+
+fn engine(num_pages: u32, outcomes: impl IntoIterator<Item = Result<StepOutput, StepError>>) -> Engine {
+    let config = EngineConfig { max_num_seqs: 4, max_num_batched_tokens: 16, enable_prefix_cache: true };
+    let model = ScriptedModel { model: fake_model(num_pages, 4), outcomes: outcomes.into_iter().collect() };
+    Engine::new(Box::new(model), config)
+}
+
+/// Steps until idle; the answers by id.
+fn run(engine: &mut Engine) -> Vec<Finished> {
+    let mut finished = Vec::new();
+    while engine.has_work() {
+        finished.extend(engine.step().unwrap());
+    }
+    finished.sort_by_key(|finished| finished.id);
+    finished
+}
+
+#[track_caller]
+fn check_answers(finished: &[Finished], requests: &[SequenceRequest]) {
+    assert_eq!(finished.len(), requests.len());
+    for (finished, request) in finished.iter().zip(requests) {
+        assert_eq!(finished.id, request.id);
+        assert_eq!((finished.token_ids.clone(), finished.reason), naive_answer(request));
+    }
+}
+
+#[test]
+fn bad_prompts_are_refused() {
+    let mut engine = engine(4, []);
+    assert_eq!(engine.max_seq_len(), 16);
+    for (token_ids, max_tokens, error) in [
+        (vec![], 1, "prompt is empty"),
+        (vec![1], 0, "prompt asks for no answer tokens"),
+        (vec![1; 16], 1, "prompt and answer need 17 tokens, the limit is 16"),
+        (vec![1], u32::MAX, "prompt and answer need 4294967296 tokens, the limit is 16"),
+        (vec![1, 24], 1, "prompt has token id 24, the vocabulary has 24 tokens"),
+    ] {
+        assert_eq!(engine.submit(request(0, &token_ids, max_tokens)).unwrap_err().to_string(), error);
+    }
+    assert!(!engine.has_work());
+    let longest = request(1, &[1; 15], 1);
+    engine.submit(longest.clone()).unwrap();
+    check_answers(&run(&mut engine), &[longest]);
+}
+
+#[test]
+fn a_step_without_work_does_nothing() {
+    let mut engine = engine(4, []);
+    assert_eq!(engine.step().unwrap(), []);
+    assert_eq!(engine.stats(), EngineStats { kv_pages_total: 4, ..EngineStats::default() });
+}
+
+#[test]
+fn siblings_compute_their_prefix_once() {
+    let mut engine = engine(64, []);
+    let prefix = [7; 12];
+    let requests: Vec<_> =
+        (0..8).map(|id| request(u64::from(id), &[&prefix[..], &[id + 1, 5]].concat(), 3)).collect();
+    requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
+    check_answers(&run(&mut engine), &requests);
+    let stats = engine.stats();
+    assert_eq!(stats.prompt_tokens, 8 * 14);
+    assert_eq!(stats.computed_tokens, 12 + 8 * 2, "each token of the prefix tree once");
+    assert_eq!(stats.reused_tokens, 7 * 12);
+}
+
+#[test]
+fn the_last_prompt_token_is_computed_even_if_all_are_cached() {
+    let mut engine = engine(64, []);
+    let requests = [request(0, &[3; 8], 2), request(1, &[3; 8], 2)];
+    for request in &requests {
+        engine.submit(request.clone()).unwrap();
+        check_answers(&run(&mut engine), std::slice::from_ref(request));
+    }
+    assert_eq!((engine.stats().computed_tokens, engine.stats().reused_tokens), (8 + 4, 4));
+}
+
+#[test]
+fn preempted_sequences_are_recomputed() {
+    for enable_prefix_cache in [false, true] {
+        let config = EngineConfig { max_num_seqs: 3, max_num_batched_tokens: 8, enable_prefix_cache };
+        let mut engine = Engine::new(Box::new(fake_model(8, 2)), config);
+        // Prompts whose answers do not end early.
+        let requests = [5, 9, 11].map(|id| request(id, &[id as u32, 2], 12));
+        requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
+        check_answers(&run(&mut engine), &requests);
+        let stats = engine.stats();
+        assert!(stats.preemptions > 0, "{stats:?}");
+        assert_eq!(
+            stats.prompt_tokens + stats.recomputed_tokens,
+            stats.computed_tokens + stats.reused_tokens
+        );
+        assert_eq!(stats.kv_pages_in_use, 0);
+    }
+}
+
+#[test]
+fn a_failed_step_can_be_tried_again() {
+    let failure = || Err(StepError { message: "planned".to_owned() });
+    let mut engine = engine(16, [failure(), failure()]);
+    let request = request(0, &[1, 2, 3], 4);
+    engine.submit(request.clone()).unwrap();
+    assert_eq!(engine.step().unwrap_err().to_string(), "model step failed: planned");
+    assert_eq!(engine.step().unwrap_err().to_string(), "model step failed: planned");
+    check_answers(&run(&mut engine), &[request]);
+}
+
+#[test]
+fn a_faulty_model_is_an_error() {
+    for (token_ids, error) in [
+        (vec![], "model step failed: model answered 0 of 1 sequences"),
+        (vec![None], "model step failed: model sampled no token"),
+        (vec![Some(24)], "model step failed: model sampled token id 24, the vocabulary has 24 tokens"),
+    ] {
+        let mut engine = engine(16, [Ok(StepOutput { token_ids })]);
+        engine.submit(request(0, &[1], 1)).unwrap();
+        assert_eq!(engine.step().unwrap_err().to_string(), error);
+    }
+}
+
+#[test]
+fn the_engine_can_move_to_its_own_thread() {
+    let mut engine = engine(16, []);
+    let request = request(0, &[1, 2, 3], 4);
+    let finished = std::thread::spawn({
+        let request = request.clone();
+        move || {
+            engine.submit(request).unwrap();
+            run(&mut engine)
+        }
+    });
+    check_answers(&finished.join().unwrap(), &[request]);
+}

@@ -1,0 +1,213 @@
+//! Runs an engine on a thread of its own, and the journal on another.
+//!
+//! The way of an answer: engine → journal (durable) → mailbox → operator. While the journal writes, the
+//! engine goes on; all answers that finished meanwhile share the journal's next transaction. Queues are
+//! bounded by what `group` hands out, so sending never blocks.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use tidemill_kernels::step::SamplingParams;
+use timely::scheduling::SyncActivator;
+
+use super::Failure;
+use super::engine::{Engine, EngineStats};
+use super::sequence::{Finished, SequenceId, SequenceRequest};
+use crate::counters::Counters;
+use crate::document::Generated;
+use crate::journal::{Journal, JournalKey};
+use crate::tokenize::TextModel;
+
+/// A prompt on its way to the engine, with where the answer goes.
+pub struct Work {
+    /// The operator's name for it.
+    pub tag: u64,
+    pub key: JournalKey,
+    pub token_ids: Arc<[u32]>,
+    pub max_tokens: u32,
+    pub sampling: SamplingParams,
+    pub reply: Arc<Mailbox>,
+}
+
+/// Answers waiting for an operator, which is woken for them.
+pub struct Mailbox {
+    answers: Mutex<Vec<(u64, Generated)>>,
+    operator: SyncActivator,
+}
+
+impl Mailbox {
+    pub fn new(operator: SyncActivator) -> Self {
+        Self { answers: Mutex::new(Vec::new()), operator }
+    }
+
+    fn put(&self, tag: u64, generated: Generated) {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).push((tag, generated));
+        // Fails only when the worker is gone, and then nobody needs waking.
+        let _ = self.operator.activate();
+    }
+
+    pub fn take(&self) -> Vec<(u64, Generated)> {
+        std::mem::take(&mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The operators' end of a runner.
+#[derive(Clone)]
+pub struct EngineHandle {
+    work: Sender<Work>,
+}
+
+impl EngineHandle {
+    /// Queues a prompt. After a failure or a stop it is dropped: nobody waits for the answer then.
+    pub fn submit(&self, work: Work) {
+        let _ = self.work.send(work);
+    }
+}
+
+/// What the threads of a runner share.
+#[derive(Clone)]
+pub struct RunnerContext {
+    pub text: Arc<TextModel>,
+    pub journal: Option<Journal>,
+    pub counters: Arc<Counters>,
+    pub failure: Failure,
+    /// Set to end without finishing what is queued.
+    pub cancel: Arc<AtomicBool>,
+}
+
+/// The threads behind one engine; they end when every handle is dropped or `cancel` is set.
+pub struct Runner {
+    engine: JoinHandle<EngineStats>,
+    journal: JoinHandle<()>,
+}
+
+impl Runner {
+    /// Starts both threads.
+    pub fn start(engine: Engine, context: RunnerContext) -> std::io::Result<(Self, EngineHandle)> {
+        let (work, queue) = channel();
+        let (done, answers) = channel();
+        let (journal_context, failure) = (context.clone(), context.failure.clone());
+        let journal = std::thread::Builder::new()
+            .name("journal".to_owned())
+            .spawn(move || write_journal(&answers, &journal_context))?;
+        let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+            let mut driver = Driver { engine, context, open: BTreeMap::new(), next_id: 0, done };
+            if let Err(error) = driver.run(&queue) {
+                failure.fail(&error);
+            }
+            driver.engine.stats()
+        })?;
+        Ok((Self { engine, journal }, EngineHandle { work }))
+    }
+
+    /// Waits for both threads; all handles must be dropped before.
+    pub fn join(self) -> EngineStats {
+        let stats = self.engine.join().expect("the engine's thread does not panic");
+        self.journal.join().expect("the journal's thread does not panic");
+        stats
+    }
+}
+
+/// An answer between the engine and the journal.
+struct Answer {
+    tag: u64,
+    key: JournalKey,
+    generated: Generated,
+    reply: Arc<Mailbox>,
+}
+
+struct Driver {
+    engine: Engine,
+    context: RunnerContext,
+    open: BTreeMap<SequenceId, Work>,
+    next_id: u64,
+    done: Sender<Answer>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum RunnerError {
+    #[error(transparent)]
+    Step(#[from] tidemill_kernels::step::StepError),
+    #[error("prompt was accepted by `tokenize` and refused by the engine")]
+    Submit(#[from] super::engine::SubmitError),
+    #[error("cannot decode an answer")]
+    Decode(#[from] crate::tokenizer::TokenizerError),
+}
+
+impl Driver {
+    fn run(&mut self, queue: &Receiver<Work>) -> Result<(), RunnerError> {
+        loop {
+            if !self.engine.has_work() {
+                match queue.recv() {
+                    Ok(work) => self.submit(work)?,
+                    Err(_) => return Ok(()),
+                }
+            }
+            while let Ok(work) = queue.try_recv() {
+                self.submit(work)?;
+            }
+            if self.context.cancel.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let finished = self.engine.step()?;
+            for finished in finished {
+                self.finish(finished)?;
+            }
+        }
+    }
+
+    fn submit(&mut self, work: Work) -> Result<(), RunnerError> {
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        tracing::debug!(target: "tidemill::ledger", key = %work.key, tokens = work.token_ids.len(), "compute");
+        self.engine.submit(SequenceRequest {
+            id,
+            token_ids: Arc::clone(&work.token_ids),
+            max_tokens: work.max_tokens,
+            sampling: work.sampling,
+        })?;
+        self.open.insert(id, work);
+        Ok(())
+    }
+
+    fn finish(&mut self, finished: Finished) -> Result<(), RunnerError> {
+        let work = self.open.remove(&finished.id).expect("the engine answers what it was asked");
+        let counters = &self.context.counters;
+        Counters::add(&counters.prompt_tokens, u64::from(finished.prompt_len));
+        Counters::add(&counters.computed_tokens, u64::from(finished.computed_len));
+        Counters::add(&counters.reused_tokens, u64::from(finished.reused_len));
+        Counters::add(&counters.output_tokens, finished.token_ids.len() as u64);
+        let tokenizer = &self.context.text.tokenizer;
+        let generated = Generated {
+            text: tokenizer.decode(&finished.token_ids)?,
+            finish_reason: finished.reason,
+            prompt_len: finished.prompt_len,
+            output_len: finished.token_ids.len() as u32,
+        };
+        let answer = Answer { tag: work.tag, key: work.key, generated, reply: work.reply };
+        // The journal's thread ends only after this one, or on a failure that is reported already.
+        let _ = self.done.send(answer);
+        Ok(())
+    }
+}
+
+/// Writes answers as they come; those that came during one write share the next.
+fn write_journal(answers: &Receiver<Answer>, context: &RunnerContext) {
+    while let Ok(first) = answers.recv() {
+        let mut batch = vec![first];
+        batch.extend(answers.try_iter());
+        if let Some(journal) = &context.journal {
+            let entries: Vec<_> = batch.iter().map(|answer| (answer.key, &answer.generated)).collect();
+            if let Err(error) = journal.put(&entries) {
+                context.failure.fail(&error);
+                return;
+            }
+        }
+        for answer in batch {
+            answer.reply.put(answer.tag, answer.generated);
+        }
+    }
+}

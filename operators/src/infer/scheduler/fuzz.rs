@@ -1,0 +1,228 @@
+//! Random workloads on [`Scheduler`] with a naive KV cache: each slot remembers which prefix was written to it.
+//!
+//! What a sequence reads must be its own prefix, so a page that is freed, shared or written at a wrong time shows.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tidemill_kernels::step::SamplingParams;
+
+use super::super::page_pool::fuzz::Random;
+use super::super::sequence::{SequenceId, SequenceRequest};
+use super::*;
+
+const EOS: u32 = 0;
+
+struct Case {
+    random: Random,
+    scheduler: Scheduler,
+    /// `[num_pages * page_size]`: the prefix that ends in this slot.
+    slots: Vec<u64>,
+    submitted: Vec<SequenceRequest>,
+    /// Ids in the order of their first step.
+    started: Vec<u64>,
+    finished: BTreeSet<SequenceId>,
+}
+
+fn extend_prefix(prefix: u64, token_id: u32) -> u64 {
+    (prefix ^ u64::from(token_id + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+}
+
+impl Case {
+    fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let page_size = 1 << random.below(4);
+        let num_pages = random.between(2, 40);
+        let config = EngineConfig {
+            max_num_seqs: random.between(1, 8),
+            max_num_batched_tokens: random.between(1, 40),
+            enable_prefix_cache: !random.one_in(3),
+        };
+        println!("{config:?}, {num_pages} pages of {page_size}");
+        Self {
+            random,
+            scheduler: Scheduler::new(config, num_pages as u32, page_size as u32),
+            slots: vec![0; num_pages * page_size],
+            submitted: Vec::new(),
+            started: Vec::new(),
+            finished: BTreeSet::new(),
+        }
+    }
+
+    /// Most prompts continue the beginning of an earlier one.
+    fn submit(&mut self) {
+        let max_len = self.slots.len().min(60);
+        let mut token_ids = Vec::new();
+        if !self.submitted.is_empty() && !self.random.one_in(4) {
+            let earlier = &self.random.pick(&self.submitted).token_ids;
+            token_ids.extend_from_slice(&earlier[..self.random.between(0, earlier.len())]);
+        }
+        let prompt_len = self.random.between(1, max_len - 1);
+        token_ids.resize_with(prompt_len, || self.random.between(1, 3) as u32);
+        let request = SequenceRequest {
+            id: SequenceId(self.submitted.len() as u64),
+            token_ids: token_ids.into(),
+            max_tokens: self.random.between(1, max_len - prompt_len) as u32,
+            sampling: SamplingParams::GREEDY,
+        };
+        self.scheduler.submit(Sequence::new(&request));
+        self.submitted.push(request);
+    }
+
+    fn step(&mut self) {
+        let mut batch = StepBatch::default();
+        self.scheduler.plan();
+        self.scheduler.fill(&mut batch);
+        assert!(batch.num_seqs() <= self.scheduler.config.max_num_seqs);
+        assert!(batch.num_tokens() <= self.scheduler.config.max_num_batched_tokens);
+        assert!(batch.num_tokens() > 0);
+        self.check_plan(&batch);
+        self.write(&batch);
+        self.check_reads(&batch);
+        if self.random.one_in(10) {
+            // The model has failed: the step is planned anew.
+            return;
+        }
+        let token_ids =
+            batch.sampling.iter().map(|wanted| wanted.map(|_| self.random.below(12).min(3) as u32));
+        let output = StepOutput { token_ids: token_ids.collect() };
+        for finished in self.scheduler.commit(&output, &[EOS]) {
+            assert!(self.finished.insert(finished.id), "{:?} finished twice", finished.id);
+            let request = &self.submitted[finished.id.0 as usize];
+            let len = finished.token_ids.len();
+            match finished.reason {
+                super::super::sequence::FinishReason::Stop => assert!(len < request.max_tokens as usize),
+                super::super::sequence::FinishReason::Length => assert_eq!(len, request.max_tokens as usize),
+            }
+            assert_eq!(finished.prompt_len as usize, request.token_ids.len());
+            assert!(finished.computed_len + finished.reused_len >= finished.prompt_len);
+        }
+        self.check_pages();
+    }
+
+    /// Decodes come before prefills, which are served in order: only the last one served may be cut.
+    fn check_plan(&mut self, batch: &StepBatch) {
+        let mut in_step = self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens);
+        let num_cut = in_step
+            .clone()
+            .filter(|(sequence, chunk_len)| **chunk_len > 0 && **chunk_len < sequence.uncomputed_len())
+            .count();
+        assert!(num_cut <= 1, "two prompts are cut in one step");
+        if in_step.any(|(sequence, &chunk_len)| sequence.uncomputed_len() == 1 && chunk_len == 0) {
+            assert_eq!(
+                batch.num_tokens(),
+                self.scheduler.config.max_num_batched_tokens,
+                "a decode was left out"
+            );
+        }
+        for sequence in &self.scheduler.running {
+            if !self.started.contains(&sequence.id.0) {
+                self.started.push(sequence.id.0);
+            }
+        }
+    }
+
+    fn slot(&self, pages: &[PageId], position: usize) -> usize {
+        let page_size = self.scheduler.page_size;
+        pages[position / page_size].0 as usize * page_size + position % page_size
+    }
+
+    fn write(&mut self, batch: &StepBatch) {
+        let mut written = BTreeSet::new();
+        let in_step =
+            self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens).filter(|pair| *pair.1 > 0);
+        for (seq, (sequence, _)) in in_step.enumerate() {
+            let rows = batch.rows(seq);
+            let first = batch.positions[rows.start] as usize;
+            let mut prefix =
+                sequence.token_ids[..first].iter().fold(1, |prefix, &id| extend_prefix(prefix, id));
+            for row in rows {
+                prefix = extend_prefix(prefix, batch.token_ids[row]);
+                let slot = self.slot(batch.pages(seq), batch.positions[row] as usize);
+                assert!(written.insert(slot), "slot {slot} is written twice in one step");
+                self.slots[slot] = prefix;
+            }
+        }
+    }
+
+    fn check_reads(&self, batch: &StepBatch) {
+        let in_step =
+            self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens).filter(|pair| *pair.1 > 0);
+        for (seq, (sequence, chunk_len)) in in_step.enumerate() {
+            let mut prefix = 1;
+            for (position, &id) in sequence.token_ids[..sequence.computed_len + chunk_len].iter().enumerate()
+            {
+                prefix = extend_prefix(prefix, id);
+                let slot = self.slot(batch.pages(seq), position);
+                assert_eq!(self.slots[slot], prefix, "{:?} reads foreign tokens at {position}", sequence.id);
+            }
+        }
+    }
+
+    /// Each page has one holder, or as many users as page tables.
+    fn check_pages(&self) {
+        let mut num_users = BTreeMap::new();
+        let mut own = BTreeSet::new();
+        for sequence in &self.scheduler.running {
+            let (shared, rest) = sequence.pages.split_at(sequence.num_shared_pages);
+            shared.iter().for_each(|&page| *num_users.entry(page).or_insert(0) += 1);
+            for &page in rest {
+                assert!(own.insert(page), "page {page} belongs to two sequences");
+                assert_eq!(self.scheduler.pool.holder(page), PageHolder::Sequence);
+            }
+        }
+        for sequence in &self.scheduler.waiting {
+            assert!(sequence.pages.is_empty() && sequence.computed_len == 0);
+        }
+        let scheduler = &self.scheduler;
+        scheduler.cache.check(&scheduler.pool, &num_users);
+        let num_held = own.len() + scheduler.cache.num_pages();
+        assert_eq!(num_held + scheduler.pool.num_free(), scheduler.pool.num_pages());
+    }
+
+    /// Nobody is overtaken but while waiting for a shared prefix, and then by few.
+    fn check_order(&self) {
+        for (place, &id) in self.started.iter().enumerate() {
+            let num_overtaken = self.started[place..].iter().filter(|&&other| other < id).count();
+            let limit = if self.scheduler.config.enable_prefix_cache { MAX_LOOKAHEAD } else { 0 };
+            assert!(num_overtaken <= limit, "sequence {id} has overtaken {num_overtaken}");
+        }
+    }
+
+    fn run(&mut self) {
+        let num_sequences = self.random.between(1, 40);
+        let mut num_steps = 0;
+        while self.finished.len() < num_sequences {
+            while self.submitted.len() < num_sequences && !self.random.one_in(3) {
+                self.submit();
+            }
+            if self.scheduler.num_waiting() + self.scheduler.num_running() > 0 {
+                self.step();
+                num_steps += 1;
+            }
+            assert!(num_steps < 50_000, "the scheduler makes no progress");
+        }
+        assert_eq!(self.scheduler.num_available_pages(), self.scheduler.num_pages());
+        self.check_order();
+    }
+}
+
+#[test]
+fn every_sequence_reads_its_own_prefix_and_finishes() {
+    let mut total = Counters::default();
+    for seed in 0..200 {
+        let mut case = Case::new(seed);
+        case.run();
+        let counters = case.scheduler.counters();
+        assert_eq!(
+            counters.prompt_tokens + counters.recomputed_tokens,
+            counters.computed_tokens + counters.reused_tokens
+        );
+        assert_eq!(counters.finished, case.submitted.len() as u64);
+        total.preemptions += counters.preemptions;
+        total.reused_tokens += counters.reused_tokens;
+        total.recomputed_tokens += counters.recomputed_tokens;
+    }
+    println!("{total:?}");
+    assert!(total.preemptions > 100, "too few preemptions to show anything");
+    assert!(total.reused_tokens > 1000, "too little reuse to show anything");
+}

@@ -1,0 +1,116 @@
+use tidemill_kernels::step::SamplingParams;
+
+use super::super::sequence::{SequenceId, SequenceRequest};
+use super::*;
+
+const CONFIG: EngineConfig =
+    EngineConfig { max_num_seqs: 3, max_num_batched_tokens: 8, enable_prefix_cache: true };
+
+/// Runs prompts named a, b, c, … with their `max_tokens`; one line a step: who computes how many tokens, then who waits.
+#[track_caller]
+fn check(config: EngineConfig, num_pages: u32, prompts: &[(&str, u32)], expect: &[&str]) {
+    let mut scheduler = Scheduler::new(config, num_pages, 4);
+    for (id, (prompt, max_tokens)) in prompts.iter().enumerate() {
+        scheduler.submit(Sequence::new(&SequenceRequest {
+            id: SequenceId(id as u64),
+            token_ids: prompt.bytes().map(u32::from).collect(),
+            max_tokens: *max_tokens,
+            sampling: SamplingParams::GREEDY,
+        }));
+    }
+    let name = |sequence: &Sequence| char::from(b'a' + sequence.id.0 as u8);
+    let mut lines = Vec::new();
+    while scheduler.num_waiting() + scheduler.num_running() > 0 {
+        scheduler.plan();
+        let running = scheduler.running.iter().zip(&scheduler.plan.chunk_lens);
+        let mut line: Vec<_> = running.map(|(sequence, len)| format!("{}{len}", name(sequence))).collect();
+        if !scheduler.waiting.is_empty() {
+            line.push(format!("| {}", scheduler.waiting.iter().map(name).collect::<String>()));
+        }
+        lines.push(line.join(" "));
+        let mut batch = StepBatch::default();
+        scheduler.fill(&mut batch);
+        // Sampled tokens differ between sequences, so that answers are not shared.
+        let token_ids =
+            (0..batch.num_seqs()).map(|seq| batch.sampling[seq].map(|_| 1000 + batch.pages(seq)[0].0));
+        scheduler.commit(&StepOutput { token_ids: token_ids.collect() }, &[]);
+    }
+    assert_eq!(lines, expect, "{lines:#?}");
+}
+
+#[test]
+fn decodes_come_first_and_prompts_fill_the_rest() {
+    check(
+        CONFIG,
+        64,
+        &[("aaaaaa", 4), ("bbbbbbbbbbbb", 2), ("cc", 1)],
+        &["a6 b2 | c", "a1 b7 | c", "a1 b3 c2", "a1 b1"],
+    );
+}
+
+#[test]
+fn max_num_seqs_bounds_the_batch() {
+    check(
+        EngineConfig { max_num_seqs: 2, ..CONFIG },
+        64,
+        &[("a", 2), ("b", 3), ("c", 1), ("d", 1)],
+        &["a1 b1 | cd", "a1 b1 | cd", "b1 c1 | d", "d1"],
+    );
+}
+
+#[test]
+fn siblings_wait_for_a_page_on_its_way_and_others_overtake_them() {
+    check(CONFIG, 64, &[("xxxxa", 1), ("xxxxb", 1), ("yy", 1), ("xxxxc", 1)], &["a5 c2 | bd", "b1 d1"]);
+}
+
+#[test]
+fn siblings_follow_a_long_prefix_to_its_end() {
+    check(CONFIG, 64, &[("xxxxxxxxxxxxa", 1), ("xxxxxxxxxxxxb", 1)], &["a8 | b", "a5 | b", "b1"]);
+}
+
+#[test]
+fn without_a_cache_nobody_waits_for_siblings() {
+    check(
+        EngineConfig { enable_prefix_cache: false, ..CONFIG },
+        64,
+        &[("xxxxa", 1), ("xxxxb", 1)],
+        &["a5 b3", "b2"],
+    );
+}
+
+#[test]
+fn a_long_prompt_is_not_overtaken_while_pages_are_short() {
+    let config = EngineConfig { max_num_batched_tokens: 16, ..CONFIG };
+    check(
+        config,
+        4,
+        &[("aaaaaaaa", 3), ("bbbbbbbbb", 1), ("c", 1)],
+        &["a8 | bc", "a1 | bc", "a1 | bc", "b9 | c", "c1"],
+    );
+}
+
+#[test]
+fn the_newest_is_preempted_to_the_front() {
+    check(
+        EngineConfig { max_num_batched_tokens: 16, ..CONFIG },
+        5,
+        &[("aaa", 12), ("bbb", 9), ("ccc", 2), ("d", 1)],
+        &[
+            "a3 b3 c3 | d",
+            "a1 b1 c1 | d",
+            "a1 b1 | d",
+            "a1 b1 | d",
+            "a1 b1 | d",
+            "a1 b1 | d",
+            "a1 | bd",
+            "a1 | bd",
+            "a1 | bd",
+            "a1 | bd",
+            "a1 | bd",
+            "a1 | bd",
+            "b5 d1",
+            "b1",
+            "b1",
+        ],
+    );
+}

@@ -1,0 +1,150 @@
+//! One sequence: what was asked, the tokens known so far and which of them are in the KV cache.
+//!
+//! Invariant: `computed_len` tokens have their keys and values in `pages`; the first `num_shared_pages` of those
+//! pages belong to the prefix cache and are never written again, the others belong to this sequence alone.
+//! A sequence only holds numbers: it neither takes nor frees pages, see [`scheduler`](super::scheduler).
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tidemill_kernels::step::{PageId, SamplingParams};
+
+/// Names a sequence towards the caller, who keeps them distinct.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// A prompt to be answered.
+#[derive(Clone, Debug)]
+pub struct SequenceRequest {
+    pub id: SequenceId,
+    pub token_ids: Arc<[u32]>,
+    /// The answer ends here at the latest; at least 1.
+    pub max_tokens: u32,
+    pub sampling: SamplingParams,
+}
+
+/// Why an answer ended, in the words of vLLM and OpenAI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// The model said so with an end-of-sequence token.
+    Stop,
+    /// `max_tokens` was reached.
+    Length,
+}
+
+/// An answered sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finished {
+    pub id: SequenceId,
+    /// The answer without its end-of-sequence token.
+    pub token_ids: Vec<u32>,
+    pub reason: FinishReason,
+    pub prompt_len: u32,
+    /// Prompt tokens that went through the model; those computed again after a preemption count again.
+    pub computed_len: u32,
+    /// Prompt tokens that this sequence never computed, since the prefix cache had them.
+    pub reused_len: u32,
+}
+
+impl FinishReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// A sequence inside the engine.
+#[derive(Debug)]
+pub struct Sequence {
+    pub id: SequenceId,
+    /// The prompt, then the answer so far.
+    pub token_ids: Vec<u32>,
+    pub prompt_len: usize,
+    pub max_tokens: usize,
+    pub sampling: SamplingParams,
+    /// Leading tokens whose keys and values are in `pages`.
+    pub computed_len: usize,
+    /// Page table.
+    pub pages: Vec<PageId>,
+    /// Leading pages held by the prefix cache.
+    pub num_shared_pages: usize,
+    /// Most tokens that were ever computed or reused: below it, computing is recomputing.
+    pub seen_len: usize,
+    /// Counts for [`Finished`].
+    pub num_computed: u32,
+    pub num_reused: u32,
+}
+
+impl Sequence {
+    pub fn new(request: &SequenceRequest) -> Self {
+        assert!(!request.token_ids.is_empty());
+        assert!(request.max_tokens > 0);
+        Self {
+            id: request.id,
+            token_ids: request.token_ids.to_vec(),
+            prompt_len: request.token_ids.len(),
+            max_tokens: request.max_tokens as usize,
+            sampling: request.sampling,
+            computed_len: 0,
+            pages: Vec::new(),
+            num_shared_pages: 0,
+            seen_len: 0,
+            num_computed: 0,
+            num_reused: 0,
+        }
+    }
+
+    /// Tokens known, computed or not.
+    pub fn known_len(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Tokens known but not yet in the KV cache; at least 1, since the newest token is never computed.
+    pub fn uncomputed_len(&self) -> usize {
+        assert!(self.computed_len < self.known_len());
+        self.known_len() - self.computed_len
+    }
+
+    /// Of the positions in `first..end`, how many belong to the prompt.
+    pub fn num_prompt_tokens(&self, first: usize, end: usize) -> usize {
+        end.min(self.prompt_len).saturating_sub(first)
+    }
+
+    /// Adds a sampled token; `Some` when it ends the answer.
+    pub fn push_sampled(&mut self, token_id: u32, eos_token_ids: &[u32]) -> Option<FinishReason> {
+        assert_eq!(self.computed_len, self.known_len(), "sampled before all tokens were computed");
+        if eos_token_ids.contains(&token_id) {
+            return Some(FinishReason::Stop);
+        }
+        self.token_ids.push(token_id);
+        (self.known_len() - self.prompt_len == self.max_tokens).then_some(FinishReason::Length)
+    }
+
+    /// The answer; the pages must have been given back.
+    pub fn finish(mut self, reason: FinishReason) -> Finished {
+        assert!(self.pages.is_empty(), "finished with pages");
+        Finished {
+            id: self.id,
+            token_ids: self.token_ids.split_off(self.prompt_len),
+            reason,
+            prompt_len: self.prompt_len as u32,
+            computed_len: self.num_computed,
+            reused_len: self.num_reused,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_stored_as_it_is_shown() {
+        for reason in [FinishReason::Stop, FinishReason::Length] {
+            assert_eq!(serde_json::to_string(&reason).unwrap(), format!("\"{}\"", reason.as_str()));
+        }
+    }
+}

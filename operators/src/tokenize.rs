@@ -1,0 +1,143 @@
+//! `tokenize`: a document becomes a prompt, or leaves on the errors stream.
+//!
+//! Templates are rendered and encoded here, on the timely workers, so the engine's thread never waits for
+//! text. What cannot fit the model is refused before it is encoded: no token stands for more bytes than the
+//! longest one, so the bytes alone bound the tokens from below.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tidemill_kernels::step::SamplingParams;
+use timely::dataflow::StreamVec;
+use timely::dataflow::operators::core::OkErr;
+
+use crate::Epoch;
+use crate::chat::ChatTemplate;
+use crate::document::{Document, ErrorKind, Payload, RecordError};
+use crate::journal::JournalKey;
+use crate::template::Template;
+use crate::tokenizer::Tokenizer;
+
+/// A document, rendered and encoded for one step.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Prompt {
+    pub document: Document,
+    pub token_ids: Arc<[u32]>,
+    pub max_tokens: u32,
+    pub sampling: SamplingParams,
+    pub key: JournalKey,
+    /// The worker whose engine answers it; set by `group`.
+    pub worker: u32,
+}
+
+/// What a model brings to the text side; shared by all steps.
+#[derive(Debug)]
+pub struct TextModel {
+    pub tokenizer: Tokenizer,
+    pub chat: ChatTemplate,
+    /// Distinguishes models in the journal.
+    pub digest: String,
+    /// Longest prompt and answer together, in tokens.
+    pub max_seq_len: u32,
+}
+
+/// One `generate` step, ready to render documents.
+#[derive(Debug)]
+pub struct PromptBuilder {
+    pub step: Arc<str>,
+    pub model: Arc<TextModel>,
+    pub system: Option<Template>,
+    pub prompt: Template,
+    pub max_tokens: u32,
+    /// Its seed is mixed with the document's id unless the step is greedy.
+    pub sampling: SamplingParams,
+}
+
+impl PromptBuilder {
+    /// Renders and encodes one document.
+    pub fn build(&self, document: Document) -> Result<Prompt, RecordError> {
+        match self.token_ids(&document) {
+            Ok(token_ids) => {
+                let sampling = self.sampling_of(&document);
+                let key = JournalKey::new(&self.model.digest, &token_ids, self.max_tokens, &sampling);
+                let token_ids = token_ids.into();
+                Ok(Prompt { document, token_ids, max_tokens: self.max_tokens, sampling, key, worker: 0 })
+            }
+            Err((kind, message)) => Err(RecordError {
+                id: document.id,
+                step: Some(self.step.to_string()),
+                kind,
+                message,
+                payload: Payload::Row(Box::new(document)),
+            }),
+        }
+    }
+
+    fn token_ids(&self, document: &Document) -> Result<Vec<u32>, (ErrorKind, String)> {
+        let render = |template: &Template| {
+            let text = template.render(document).map_err(|error| (error.kind, error.message))?;
+            Ok(self.model.tokenizer.shield(&text).into_owned())
+        };
+        let system = self.system.as_ref().map(render).transpose()?;
+        let user = render(&self.prompt)?;
+        let limit = self.model.max_seq_len.saturating_sub(self.max_tokens) as usize;
+        let least = user.len() / self.model.tokenizer.max_token_bytes();
+        if least > limit {
+            return Err(self.too_long(&format!("at least {least}"), limit));
+        }
+        let template_failed = |error: &dyn std::fmt::Display| (ErrorKind::Template, error.to_string());
+        let text = self
+            .model
+            .chat
+            .render(system.as_deref(), &user)
+            .map_err(|error| template_failed(&format!("the chat template failed: {error}")))?;
+        let token_ids = self.model.tokenizer.encode(&text).map_err(|error| template_failed(&error))?;
+        if token_ids.len() > limit {
+            return Err(self.too_long(&token_ids.len().to_string(), limit));
+        }
+        if token_ids.is_empty() {
+            return Err((ErrorKind::Empty, "the prompt has no tokens".to_owned()));
+        }
+        Ok(token_ids)
+    }
+
+    fn too_long(&self, len: &str, limit: usize) -> (ErrorKind, String) {
+        let message = format!(
+            "the prompt has {len} tokens; with max_tokens {} the model and its KV cache take {limit}",
+            self.max_tokens
+        );
+        (ErrorKind::TooLong, message)
+    }
+
+    /// Greedy steps share one seed, so equal prompts share one answer.
+    fn sampling_of(&self, document: &Document) -> SamplingParams {
+        if self.sampling.temperature == 0.0 {
+            return SamplingParams { seed: 0, ..self.sampling };
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.sampling.seed.to_le_bytes());
+        hasher.update(&document.id.file.to_le_bytes());
+        hasher.update(&document.id.row.to_le_bytes());
+        let mut seed = [0; 8];
+        hasher.finalize_xof().fill(&mut seed);
+        SamplingParams { seed: u64::from_le_bytes(seed), ..self.sampling }
+    }
+}
+
+/// Extension trait of document streams.
+pub trait Tokenize<'scope> {
+    /// Encodes each document as a prompt; those that cannot be go to the second stream.
+    fn tokenize(
+        self,
+        builder: PromptBuilder,
+    ) -> (StreamVec<'scope, Epoch, Prompt>, StreamVec<'scope, Epoch, RecordError>);
+}
+
+impl<'scope> Tokenize<'scope> for StreamVec<'scope, Epoch, Document> {
+    fn tokenize(
+        self,
+        builder: PromptBuilder,
+    ) -> (StreamVec<'scope, Epoch, Prompt>, StreamVec<'scope, Epoch, RecordError>) {
+        self.ok_err(move |document| builder.build(document))
+    }
+}

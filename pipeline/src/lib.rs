@@ -1,0 +1,2 @@
+//! From a definition to a running dataflow.
+#![forbid(unsafe_code)]
