@@ -1,2 +1,13 @@
-//! Bytes, files and Arrow batches.
+//! Where rows come from and where they go: files of Parquet and JSON lines, and the manifest that makes the
+//! way between them exactly once.
+//!
+//! Knows bytes and Arrow batches. What the rows mean, and who runs when, is decided above.
 #![forbid(unsafe_code)]
+
+pub mod files;
+pub mod jsonl;
+pub mod manifest;
+pub mod output;
+pub mod parquet;
+pub mod sink;
+pub mod source;

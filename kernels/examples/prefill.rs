@@ -26,7 +26,11 @@ fn main() -> anyhow::Result<()> {
     };
     let start = Instant::now();
     let weights = LlamaWeights::load(&Gguf::open(&path)?, NumericPath::Fast)?;
-    println!("loaded in {:.2} s, {} KV bytes a token", start.elapsed().as_secs_f64(), weights.kv_bytes_per_token());
+    println!(
+        "loaded in {:.2} s, {} KV bytes a token",
+        start.elapsed().as_secs_f64(),
+        weights.kv_bytes_per_token()
+    );
     let kv = KvConfig { page_size: PAGE_SIZE, num_pages: NUM_PAGES };
     let mut model = Llama::new(weights, kv, num_threads, "prefill", "")?;
     for num_tokens in [64, 512, 512, 2048] {
@@ -61,7 +65,8 @@ fn batch(num_seqs: u32, first_position: u32, num_tokens: u32) -> StepBatch {
     let pages_each = NUM_PAGES / 16;
     let mut batch = StepBatch::default();
     for seq in 0..num_seqs {
-        let token_ids: Vec<u32> = (0..num_tokens).map(|i| 1000 + (first_position + i + seq) * 37 % 20_000).collect();
+        let token_ids: Vec<u32> =
+            (0..num_tokens).map(|i| 1000 + (first_position + i + seq) * 37 % 20_000).collect();
         let first_page = seq * pages_each;
         let last_page = if num_seqs == 1 { NUM_PAGES } else { first_page + pages_each };
         let pages: Vec<PageId> = (first_page..last_page).map(PageId).collect();

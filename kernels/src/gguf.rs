@@ -9,6 +9,8 @@ mod metadata;
 mod parse;
 
 #[cfg(test)]
+pub(crate) mod build;
+#[cfg(test)]
 mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,9 @@ pub mod fake;
 pub mod llama;
 pub mod weights;
 
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 
 use crate::gguf::GgufError;

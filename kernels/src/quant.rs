@@ -34,7 +34,11 @@ pub struct UnknownDtype(pub u32);
 /// When `data` is not exactly the blocks for `out`; [`Dtype::size_bytes`] tells the size.
 pub fn dequantize(dtype: Dtype, data: &[u8], out: &mut [f32]) {
     assert_eq!(out.len() % dtype.block_len(), 0, "not whole blocks");
-    assert_eq!(data.len(), out.len() / dtype.block_len() * dtype.block_bytes(), "data and output differ in length");
+    assert_eq!(
+        data.len(),
+        out.len() / dtype.block_len() * dtype.block_bytes(),
+        "data and output differ in length"
+    );
     match dtype {
         Dtype::F32 => float::dequantize_f32(data, out),
         Dtype::F16 => float::dequantize_f16(data, out),

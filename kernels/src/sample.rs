@@ -31,7 +31,8 @@ pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Result<
     if !(params.top_p > 0.0 && params.top_p <= 1.0) {
         return Err(SampleError::TopP);
     }
-    let mut candidates: Vec<Candidate> = (0..).zip(logits).map(|(id, &logit)| Candidate { id, logit }).collect();
+    let mut candidates: Vec<Candidate> =
+        (0..).zip(logits).map(|(id, &logit)| Candidate { id, logit }).collect();
     let top_k = params.top_k as usize;
     if top_k > 0 && top_k < candidates.len() {
         candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
@@ -169,7 +170,10 @@ mod tests {
     #[test]
     fn what_cannot_be_sampled_is_an_error() {
         for bad in [f32::NAN, f32::INFINITY] {
-            assert_eq!(sample(&[0.0, bad], &SamplingParams::GREEDY, 0), Err(SampleError::NotFinite { token_id: 1 }));
+            assert_eq!(
+                sample(&[0.0, bad], &SamplingParams::GREEDY, 0),
+                Err(SampleError::NotFinite { token_id: 1 })
+            );
         }
         assert_eq!(sample(&[], &SamplingParams::GREEDY, 0), Err(SampleError::Empty));
         assert!(sample(&[f32::NEG_INFINITY; 2], &SamplingParams::GREEDY, 0).is_err());

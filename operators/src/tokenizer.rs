@@ -66,7 +66,8 @@ impl Tokenizer {
         let mut control_tokens = Vec::new();
         for &id in &tables.control_ids {
             let text = tables.tokens.get(id as usize);
-            let text = text.ok_or_else(|| TokenizerError(format!("control token {id} is beyond the vocabulary")))?;
+            let text =
+                text.ok_or_else(|| TokenizerError(format!("control token {id} is beyond the vocabulary")))?;
             if !text.is_empty() {
                 control_tokens.push((text.clone(), id));
             }
@@ -76,10 +77,12 @@ impl Tokenizer {
         }
         let mut merges = Vec::with_capacity(tables.merges.len());
         for (rank, merge) in tables.merges.iter().enumerate() {
-            let pair = merge.split_once(' ').ok_or_else(|| TokenizerError(format!("merge {rank} is not a pair")))?;
+            let pair =
+                merge.split_once(' ').ok_or_else(|| TokenizerError(format!("merge {rank} is not a pair")))?;
             merges.push((pair.0.to_owned(), pair.1.to_owned()));
         }
-        let max_token_bytes = tables.tokens.iter().map(|token| token.chars().count()).max().unwrap_or(1).max(1);
+        let max_token_bytes =
+            tables.tokens.iter().map(|token| token.chars().count()).max().unwrap_or(1).max(1);
         let num_tokens = tables.tokens.len();
         let vocabulary: Vec<(String, u32)> = tables.tokens.into_iter().zip(0..).collect();
         let model = BPE::builder()
@@ -170,8 +173,10 @@ impl Tokenizer {
     fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
         if !text.is_empty() {
             let text = self.unshield(text);
-            let encoding =
-                self.bpe.encode_fast(text.as_ref(), false).map_err(|error| TokenizerError(error.to_string()))?;
+            let encoding = self
+                .bpe
+                .encode_fast(text.as_ref(), false)
+                .map_err(|error| TokenizerError(error.to_string()))?;
             ids.extend_from_slice(encoding.get_ids());
         }
         Ok(())
@@ -179,8 +184,11 @@ impl Tokenizer {
 
     /// Text of an answer; control tokens print nothing, invalid UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> Result<String, TokenizerError> {
-        let plain: Vec<u32> =
-            ids.iter().copied().filter(|id| !self.control_tokens.iter().any(|(_, control)| control == id)).collect();
+        let plain: Vec<u32> = ids
+            .iter()
+            .copied()
+            .filter(|id| !self.control_tokens.iter().any(|(_, control)| control == id))
+            .collect();
         self.bpe.decode(&plain, false).map_err(|error| TokenizerError(error.to_string()))
     }
 

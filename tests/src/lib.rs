@@ -1,0 +1,174 @@
+//! What the integration tests share: the real binary, small inputs, and what a run left behind.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use anyhow::{Context as _, Result, ensure};
+use arrow::array::RecordBatch;
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::file::properties::WriterProperties;
+use serde_json::Value;
+
+/// The workspace's folder.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace").to_owned()
+}
+
+/// The `tidemill` binary of the profile under test, built once.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(workspace()).args([
+            "build",
+            "--quiet",
+            "--package",
+            "tidemill",
+            "--bin",
+            "tidemill",
+        ]);
+        cargo.arg("--message-format=json-render-diagnostics");
+        if !cfg!(debug_assertions) {
+            cargo.arg("--release");
+        }
+        let output = cargo.stderr(Stdio::inherit()).output().expect("cargo runs");
+        assert!(output.status.success(), "the binary does not build");
+        let messages = String::from_utf8_lossy(&output.stdout);
+        let executable = messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .find_map(|message| {
+                (message["target"]["name"] == "tidemill")
+                    .then(|| message["executable"].as_str().map(PathBuf::from))?
+            });
+        executable.expect("cargo names the binary it built")
+    })
+}
+
+/// A folder with a pipeline in it; deleted with the value.
+pub struct Pipeline {
+    pub folder: tempfile::TempDir,
+    /// Environment of every run.
+    pub env: Vec<(&'static str, String)>,
+}
+
+impl Pipeline {
+    pub fn new(definition: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fs::write(folder.path().join("pipeline.yaml"), definition).expect("a writable folder");
+        Self { folder, env: Vec::new() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// `tidemill ARGS… pipeline.yaml`, ready to start.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.args(args).arg(self.path("pipeline.yaml")).stdin(Stdio::null());
+        command.envs(self.env.iter().map(|(key, value)| (*key, value.as_str())));
+        command
+    }
+
+    /// Runs to the end.
+    pub fn run(&self, args: &[&str]) -> Ran {
+        Ran(self.command(args).output().expect("the binary starts"))
+    }
+
+    /// Starts and returns; standard error goes to a file of the folder.
+    pub fn start(&self, args: &[&str], log: &str) -> Child {
+        let log = File::create(self.path(log)).expect("a writable folder");
+        self.command(args).stdout(Stdio::null()).stderr(log).spawn().expect("the binary starts")
+    }
+
+    /// Rows of a JSONL output, in order; none if there is no such file.
+    pub fn jsonl(&self, name: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(name)).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+    }
+}
+
+/// A finished process.
+pub struct Ran(pub Output);
+
+impl Ran {
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.0.stderr).into_owned()
+    }
+
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&self.0.stdout).into_owned()
+    }
+
+    #[track_caller]
+    pub fn expect_code(self, code: i32) -> Self {
+        assert_eq!(
+            self.0.status.code(),
+            Some(code),
+            "stdout:\n{}\nstderr:\n{}",
+            self.stdout(),
+            self.stderr()
+        );
+        self
+    }
+
+    /// Every word must stand somewhere in the error output, line breaks of the report aside.
+    #[track_caller]
+    pub fn expect_words(self, words: &[&str]) -> Self {
+        let stderr = self.stderr();
+        let text = flat(&stderr);
+        for word in words {
+            assert!(text.contains(&flat(word)), "{word:?} is not in:\n{stderr}");
+        }
+        self
+    }
+}
+
+/// Text without the frame and the line breaks that a report adds.
+fn flat(text: &str) -> String {
+    text.replace(['│', '×', '╰', '─', '·', '▶', '╭', '┬', '|'], " ")
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// Writes a Parquet file.
+pub fn write_parquet(path: &Path, rows: &RecordBatch, max_row_group_rows: usize) -> Result<()> {
+    let properties =
+        WriterProperties::builder().set_max_row_group_row_count(Some(max_row_group_rows)).build();
+    let mut writer = ArrowWriter::try_new(File::create(path)?, rows.schema(), Some(properties))?;
+    writer.write(rows)?;
+    writer.close()?;
+    Ok(())
+}
+
+/// All rows of a folder of part files, in the order of their names.
+pub fn read_parts(folder: &Path) -> Result<Vec<RecordBatch>> {
+    let mut parts: Vec<PathBuf> = fs::read_dir(folder)
+        .with_context(|| format!("no folder {}", folder.display()))?
+        .filter_map(|file| Some(file.ok()?.path()))
+        .filter(|file| file.extension().is_some_and(|extension| extension == "parquet"))
+        .filter(|file| !file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(['.', '_'])))
+        .collect();
+    parts.sort();
+    let mut batches = Vec::new();
+    for part in parts {
+        let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(&part)?)?.build()?;
+        for batch in reader {
+            batches.push(batch?);
+        }
+    }
+    ensure!(batches.iter().all(|batch| batch.num_columns() > 0), "a part without columns");
+    Ok(batches)
+}
+
+/// The file of the default model; fetched by `make models`.
+pub fn default_model() -> PathBuf {
+    let entry = &tidemill::models::catalogue::CATALOGUE[0];
+    tidemill::models::pull::verified(entry).unwrap_or_else(|error| panic!("{error}; run: make models"))
+}

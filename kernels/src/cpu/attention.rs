@@ -126,7 +126,8 @@ impl Attend<'_> {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
         let scale = self.shape.scale();
         for row in 0..self.task.positions.len() {
-            let from = (self.task.first_row + row) * self.shape.qkv_len() + self.task.kv_head * group_len * head_dim;
+            let from =
+                (self.task.first_row + row) * self.shape.qkv_len() + self.task.kv_head * group_len * head_dim;
             let from = &self.qkv[from..from + group_len * head_dim];
             let to = &mut self.scratch.queries[row * group_len * head_dim..][..group_len * head_dim];
             for (to, from) in to.iter_mut().zip(from) {
@@ -233,7 +234,8 @@ impl Attend<'_> {
     fn finish(&mut self) {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
         for row in 0..self.task.positions.len() {
-            let to = (self.task.first_row + row) * self.shape.q_len() + self.task.kv_head * group_len * head_dim;
+            let to =
+                (self.task.first_row + row) * self.shape.q_len() + self.task.kv_head * group_len * head_dim;
             let to = self.out.at(to, group_len * head_dim);
             // SAFETY: `at` checked the bounds; these heads of this row belong to this task alone.
             let to = unsafe { std::slice::from_raw_parts_mut(to, group_len * head_dim) };

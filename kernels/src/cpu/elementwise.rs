@@ -26,7 +26,9 @@ pub(super) fn par_rows(
     if rows >= num_rows {
         return each(x, out);
     }
-    x.par_chunks(rows * x_row_len).zip(out.par_chunks_mut(rows * out_row_len)).for_each(|(x, out)| each(x, out));
+    x.par_chunks(rows * x_row_len)
+        .zip(out.par_chunks_mut(rows * out_row_len))
+        .for_each(|(x, out)| each(x, out));
 }
 
 /// `e^x` to about two units in the last place; below -87 a tiny number, above 88 a huge one. NaN stays NaN.

@@ -6,6 +6,9 @@
 use super::LANES;
 use super::isa::{Kernel, Lanes};
 
+/// How far ahead vectors are asked for: the hardware does not look beyond a page of 4 KiB.
+const PREFETCH_DISTANCE: usize = 32 * LANES;
+
 /// `c[m, n] (+)= sum over k of a[m, k] * b[k, n]`, with `b` f16 and `n` in whole vectors.
 #[derive(Clone, Copy)]
 pub(super) struct Gemm {
@@ -93,6 +96,7 @@ impl Gemm {
     /// # Safety
     /// As [`compute`](Self::compute); `MR` rows and `NV` vectors from here on must exist.
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "rows and vectors index sums, columns and pointers alike")]
     unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(self, row: usize, vector: usize) {
         // SAFETY: offsets of rows, vectors and k in bounds, by the contract.
         unsafe {
@@ -111,6 +115,7 @@ impl Gemm {
                 let mut columns = [V::zero(); NV];
                 for n in 0..NV {
                     columns[n] = V::load_f16(b.add(n * self.b_vector_stride));
+                    V::prefetch(b.wrapping_add(n * self.b_vector_stride + PREFETCH_DISTANCE));
                 }
                 for m in 0..MR {
                     let value = V::splat(*a.add(m * self.a_row_stride + k));

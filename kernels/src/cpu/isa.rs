@@ -35,6 +35,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn load_f16(from: *const u16) -> Self;
     unsafe fn store(self, to: *mut f32);
+    /// Asks for the cache line; the address need not be valid.
+    unsafe fn prefetch(at: *const u16);
     /// `self + a * b`, rounded once.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
 }
@@ -49,7 +51,10 @@ impl Isa {
     pub(crate) fn available() -> Vec<Self> {
         let mut available = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
             available.push(Self::Avx2);
             if is_x86_feature_detected!("avx512f") {
                 available.push(Self::Avx512);
@@ -100,6 +105,9 @@ impl Lanes for Portable {
         let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         Self(bits.map(|bits| half::f16::from_bits(bits).to_f32()))
     }
+
+    #[inline(always)]
+    unsafe fn prefetch(_at: *const u16) {}
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -169,6 +177,12 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn prefetch(at: *const u16) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             // SAFETY: see above.
             unsafe {
@@ -212,6 +226,12 @@ mod x86 {
         unsafe fn load_f16(from: *const u16) -> Self {
             // SAFETY: see above.
             unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(at: *const u16) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]

@@ -36,15 +36,30 @@ pub(super) fn linear(isa: Isa, x: &[f32], weight: &Matrix, out: &mut [f32]) {
         let num_rows = MAX_BLOCK_ROWS.min(num_tokens - row);
         let panel = chunk * chunk_panels;
         let num_panels = chunk_panels.min(weight.num_panels() - panel);
-        compute(isa, &x[row * weight.num_inputs..(row + num_rows) * weight.num_inputs], weight, panel..panel + num_panels, row, out);
+        compute(
+            isa,
+            &x[row * weight.num_inputs..(row + num_rows) * weight.num_inputs],
+            weight,
+            panel..panel + num_panels,
+            row,
+            out,
+        );
     });
 }
 
 /// Rows `first_row..` of `out`, for the outputs of some panels.
-fn compute(isa: Isa, x: &[f32], weight: &Matrix, panels: std::ops::Range<usize>, first_row: usize, out: SharedMut<'_>) {
+fn compute(
+    isa: Isa,
+    x: &[f32],
+    weight: &Matrix,
+    panels: std::ops::Range<usize>,
+    first_row: usize,
+    out: SharedMut<'_>,
+) {
     let num_rows = x.len() / weight.num_inputs;
     // The last panel may reach beyond the outputs: it goes through a buffer.
-    let full_panels = panels.end.min(weight.num_outputs / LANES) - panels.start.min(weight.num_outputs / LANES);
+    let full_panels =
+        panels.end.min(weight.num_outputs / LANES) - panels.start.min(weight.num_outputs / LANES);
     let gemm = |panel: usize, num_vectors: usize, c: *mut f32, c_row_stride: usize| {
         let packed = &weight.panels[panel * weight.panel_len()..(panel + num_vectors) * weight.panel_len()];
         let gemm = Gemm {

@@ -20,7 +20,14 @@ pub(super) fn store_kv(shape: &AttentionShape, batch: &StepBatch, qkv: &[f32], c
 }
 
 /// `key`, `value`: `[head_dim]`
-fn store_token(shape: &AttentionShape, slot: usize, kv_head: usize, key: &[f32], value: &[f32], cache: &mut KvCache) {
+fn store_token(
+    shape: &AttentionShape,
+    slot: usize,
+    kv_head: usize,
+    key: &[f32],
+    value: &[f32],
+    cache: &mut KvCache,
+) {
     let (page, offset) = (slot / shape.page_size, slot % shape.page_size);
     let start = (page * shape.num_kv_heads + kv_head) * shape.page_size;
     let group = start + offset / KEY_GROUP_LEN * KEY_GROUP_LEN;

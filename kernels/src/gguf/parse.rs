@@ -159,7 +159,9 @@ impl<'a> Reader<'a> {
 
     fn take(&mut self, len: usize, what: &str) -> Result<&'a [u8]> {
         if len > self.left() {
-            return Err(self.error(format!("the file ends within {what} ({len} bytes, {} left)", self.left())));
+            return Err(
+                self.error(format!("the file ends within {what} ({len} bytes, {} left)", self.left()))
+            );
         }
         let taken = &self.bytes[self.position..self.position + len];
         self.position += len;
@@ -250,8 +252,12 @@ impl<'a> Reader<'a> {
             5 => MetadataArray::I32(self.numbers(i32::from_le_bytes)?),
             6 => MetadataArray::F32(self.numbers(f32::from_le_bytes)?),
             7 => MetadataArray::Bool(self.elements(1, Self::bool)?),
-            8 => MetadataArray::Str(self.elements(MIN_STRING_BYTES, |reader| reader.string("a string of an array"))?),
-            9 => MetadataArray::Array(self.elements(MIN_ARRAY_BYTES, |reader| reader.metadata_array(depth + 1))?),
+            8 => MetadataArray::Str(
+                self.elements(MIN_STRING_BYTES, |reader| reader.string("a string of an array"))?,
+            ),
+            9 => MetadataArray::Array(
+                self.elements(MIN_ARRAY_BYTES, |reader| reader.metadata_array(depth + 1))?,
+            ),
             10 => MetadataArray::U64(self.numbers(u64::from_le_bytes)?),
             11 => MetadataArray::I64(self.numbers(i64::from_le_bytes)?),
             12 => MetadataArray::F64(self.numbers(f64::from_le_bytes)?),

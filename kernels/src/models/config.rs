@@ -35,7 +35,10 @@ impl LlamaConfig {
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
         let family = gguf.str("general.architecture")?;
         if family != "llama" {
-            return Err(ModelError::UnknownFamily { path: gguf.path().to_owned(), family: family.to_owned() });
+            return Err(ModelError::UnknownFamily {
+                path: gguf.path().to_owned(),
+                family: family.to_owned(),
+            });
         }
         refuse_variants(gguf)?;
         let num_heads = size(gguf, "llama.attention.head_count", MAX_HEADS)?;

@@ -66,7 +66,10 @@ struct Slot {
 impl FakeModel {
     pub fn new(config: FakeConfig) -> Self {
         assert!(config.page_size.is_power_of_two(), "the page size is a power of two");
-        assert!(config.vocab_size > 1 && config.eos_token_id < config.vocab_size, "a token besides the last one");
+        assert!(
+            config.vocab_size > 1 && config.eos_token_id < config.vocab_size,
+            "a token besides the last one"
+        );
         assert!((0.0..=1.0).contains(&config.eos_probability), "a probability");
         let info = ModelInfo {
             name: config.name.clone(),
@@ -129,7 +132,9 @@ impl FakeModel {
         let mut hash = history;
         // Greedy answers do not depend on the seed, as in a real model.
         if params.temperature > 0.0 {
-            for part in [params.temperature.to_bits().into(), params.top_p.to_bits().into(), params.top_k.into()] {
+            for part in
+                [params.temperature.to_bits().into(), params.top_p.to_bits().into(), params.top_k.into()]
+            {
                 hash = mix(hash, part);
             }
             hash = mix(hash, params.seed);
@@ -185,7 +190,10 @@ impl Model for FakeModel {
 }
 
 fn mix(hash: u64, value: u64) -> u64 {
-    let mut z = (hash ^ value).wrapping_add(0x9e37_79b9_7f4a_7c15).rotate_left(23).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mut z = (hash ^ value)
+        .wrapping_add(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(23)
+        .wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }

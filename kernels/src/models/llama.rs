@@ -186,8 +186,9 @@ impl<B: Backend> Runner<B> {
                 .map(|(&seq, logits)| {
                     let params = batch.sampling[seq].expect("only sequences with parameters are wanted");
                     let position = batch.positions[batch.rows(seq).end - 1] + 1;
-                    sample(logits, &params, position)
-                        .map_err(|error| StepError { message: format!("sequence {seq} of the batch: {error}") })
+                    sample(logits, &params, position).map_err(|error| StepError {
+                        message: format!("sequence {seq} of the batch: {error}"),
+                    })
                 })
                 .collect();
             for (&seq, token_id) in seqs.iter().zip(sampled) {
@@ -206,7 +207,12 @@ impl<B: Backend> Runner<B> {
     fn forward(&mut self, batch: &StepBatch) {
         let Self { weights, shape, caches, buffers } = self;
         let config = &weights.config;
-        buffers.resize(batch.num_tokens(), config.hidden_size as usize, config.intermediate_size as usize, shape);
+        buffers.resize(
+            batch.num_tokens(),
+            config.hidden_size as usize,
+            config.intermediate_size as usize,
+            shape,
+        );
         weights.backend.embed(&weights.embedding, &batch.token_ids, &mut buffers.hidden);
         for (layer, cache) in weights.layers.iter().zip(caches) {
             attention_part(weights, layer, shape, batch, cache, buffers);
@@ -262,7 +268,13 @@ fn feed_forward_part<B: Backend>(weights: &Layers<B>, layer: &Layer<B>, buffers:
 }
 
 impl Buffers {
-    fn resize(&mut self, num_tokens: usize, hidden_size: usize, intermediate_size: usize, shape: &AttentionShape) {
+    fn resize(
+        &mut self,
+        num_tokens: usize,
+        hidden_size: usize,
+        intermediate_size: usize,
+        shape: &AttentionShape,
+    ) {
         self.hidden.resize(num_tokens * hidden_size, 0.0);
         self.normed.resize(num_tokens * hidden_size, 0.0);
         self.qkv.resize(num_tokens * shape.qkv_len(), 0.0);

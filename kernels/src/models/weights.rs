@@ -79,7 +79,10 @@ impl LlamaWeights {
 
 impl fmt::Debug for LlamaWeights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LlamaWeights").field("config", &self.config).field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("LlamaWeights")
+            .field("config", &self.config)
+            .field("path", &self.path)
+            .finish_non_exhaustive()
     }
 }
 
@@ -99,7 +102,8 @@ impl<B: Backend> Layers<B> {
             Err(_) => None,
         };
         let output_norm = loader.vector("output_norm.weight", hidden)?;
-        let layers = (0..config.num_layers).map(|index| loader.layer(config, index)).collect::<Result<_, _>>()?;
+        let layers =
+            (0..config.num_layers).map(|index| loader.layer(config, index)).collect::<Result<_, _>>()?;
         if let Some(name) = gguf.tensor_names().find(|name| !loader.used.contains(*name)) {
             return Err(ModelError::UnknownTensor { path: gguf.path().to_owned(), name: name.to_owned() });
         }

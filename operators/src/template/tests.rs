@@ -1,8 +1,8 @@
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, BooleanArray, Decimal128Array, DictionaryArray, Float64Array, Int64Array, ListArray, StringArray,
-    TimestampSecondArray,
+    ArrayRef, BooleanArray, Decimal128Array, DictionaryArray, Float64Array, Int64Array, ListArray,
+    StringArray, TimestampSecondArray,
 };
 use arrow::datatypes::{Int32Type, Int64Type};
 use arrow::record_batch::RecordBatch;
@@ -61,7 +61,9 @@ fn prints_columns_of_every_kind_and_earlier_results() {
 fn a_null_must_be_handled_by_the_template() {
     check(
         "a\n{{ body }} {{ title }}",
-        expect![[r#"null: null in column "title" (line 2 of the template); to allow it write {{ title or "…" }}"#]],
+        expect![[
+            r#"null: null in column "title" (line 2 of the template); to allow it write {{ title or "…" }}"#
+        ]],
     );
     check(r#"{{ title or "untitled" }}: {{ body }}"#, expect!["untitled: Rain & <sun>"]);
     check("{% if title %}{{ title }}{% endif %}{{ body }}", expect!["Rain & <sun>"]);
@@ -77,13 +79,20 @@ fn an_empty_document_is_refused_unless_a_result_is_used_alone() {
 
 #[test]
 fn a_failing_template_names_its_line() {
-    check("\n{{ id / 0 }}", expect!["template: the template failed: unable to calculate 7 / 0 (line 2 of the template)"]);
-    check("{{ body.colour }}", expect!["template: the template failed: `body.colour` is undefined (line 1 of the template)"]);
+    check(
+        "\n{{ id / 0 }}",
+        expect!["template: the template failed: unable to calculate 7 / 0 (line 2 of the template)"],
+    );
+    check(
+        "{{ body.colour }}",
+        expect!["template: the template failed: `body.colour` is undefined (line 1 of the template)"],
+    );
 }
 
 #[test]
 fn knows_the_names_it_needs() {
-    let template = Template::new("{% set x = a %}{{ x }}{{ b.c }}{% for y in d %}{{ y }}{% endfor %}").unwrap();
+    let template =
+        Template::new("{% set x = a %}{{ x }}{{ b.c }}{% for y in d %}{{ y }}{% endfor %}").unwrap();
     assert_eq!(template.variables().iter().map(String::as_str).collect::<Vec<_>>(), ["a", "b", "d"]);
     assert_eq!(Template::new("a\n{{ ").unwrap_err().line(), Some(2));
 }

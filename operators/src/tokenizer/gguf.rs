@@ -15,7 +15,9 @@ pub enum TextModelError {
     Gguf(#[from] GgufError),
     #[error("model file has a tokenizer of kind {0:?}, known is \"gpt2\"")]
     UnknownTokenizer(String),
-    #[error("model file has the pre-tokenizer {0:?}, known are \"smollm\", \"default\", \"gpt-2\" and \"starcoder\"")]
+    #[error(
+        "model file has the pre-tokenizer {0:?}, known are \"smollm\", \"default\", \"gpt-2\" and \"starcoder\""
+    )]
     UnknownPreTokenizer(String),
     #[error(transparent)]
     Tables(#[from] TokenizerError),
@@ -35,8 +37,11 @@ pub fn text_of(gguf: &Gguf) -> Result<(Tokenizer, ChatTemplate), TextModelError>
     }
     let tokens = gguf.str_array("tokenizer.ggml.tokens")?.to_vec();
     let types = gguf.i32_array("tokenizer.ggml.token_type")?;
-    let control_ids =
-        (0..).zip(types).filter(|&(_, kind)| matches!(*kind, CONTROL | USER_DEFINED)).map(|(id, _)| id).collect();
+    let control_ids = (0..)
+        .zip(types)
+        .filter(|&(_, kind)| matches!(*kind, CONTROL | USER_DEFINED))
+        .map(|(id, _)| id)
+        .collect();
     let special = |key: &str| -> Result<String, TextModelError> {
         if !gguf.has(key) {
             return Ok(String::new());

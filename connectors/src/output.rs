@@ -1,0 +1,321 @@
+//! Both sinks of a run and its manifest, committed together.
+//!
+//! A commit makes the parts of both sinks durable, appends one line to the manifest (the commit point), and
+//! then shows the parts. A crash before the line loses the parts, which the next run makes again; a crash
+//! after it loses nothing, since opening shows what the manifest holds. So each input row is in the output
+//! exactly once. Streams have no manifest: they begin anew with every run.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use serde_json::Value;
+
+use crate::jsonl::JsonlSink;
+use crate::manifest::{Commit, Manifest, ManifestError};
+use crate::parquet::ParquetSink;
+use crate::sink::{Part, Sink, SinkError};
+use crate::source::{InputFile, Position};
+
+const MANIFEST: &str = "manifest.jsonl";
+const LOCK: &str = "lock";
+const STDOUT: &str = "-";
+/// Changes of a definition that an error lists.
+const MAX_CHANGES: usize = 3;
+
+/// Where rows go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SinkSpec {
+    /// A folder of part files.
+    Parquet { path: PathBuf },
+    /// A file, or `-` for standard output.
+    Jsonl { path: PathBuf },
+    /// JSON lines on standard error.
+    Stderr,
+}
+
+/// What [`Output::open`] opens.
+#[derive(Clone, Debug)]
+pub struct OutputSpec {
+    pub sink: SinkSpec,
+    pub errors: SinkSpec,
+    pub output_schema: SchemaRef,
+    pub errors_schema: SchemaRef,
+}
+
+/// Where a run begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    Fresh,
+    /// Rows before `position` are committed.
+    Continue {
+        position: Position,
+        rows: u64,
+        errors: u64,
+    },
+    Finished {
+        rows: u64,
+        errors: u64,
+    },
+}
+
+/// An open output; no other process can open it meanwhile.
+pub struct Output {
+    sink: Box<dyn Sink>,
+    errors: Box<dyn Sink>,
+    state: Option<State>,
+}
+
+struct State {
+    folder: PathBuf,
+    manifest: Manifest,
+    /// Holds the lock.
+    _lock: File,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    #[error("output {path} is in use by another run")]
+    Locked { path: PathBuf },
+    #[error("output {path} was made by another definition: {changes}")]
+    DefinitionChanged { path: PathBuf, changes: String },
+    #[error("input {input} has changed since output {path} was begun")]
+    InputsChanged { path: PathBuf, input: PathBuf },
+    #[error("output {path} is there already and no manifest tells where it is from")]
+    Occupied { path: PathBuf },
+}
+
+impl OutputError {
+    /// What the user can do.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::Sink(error) => return error.help(),
+            Self::Manifest(_) => "the output was changed from outside: start anew with --force".to_owned(),
+            Self::Locked { .. } => "wait for the other run, or give this one another path".to_owned(),
+            Self::DefinitionChanged { .. } => {
+                "take the change back to go on, give the sink another path, or start anew with --force"
+                    .to_owned()
+            }
+            Self::InputsChanged { .. } => {
+                "bring the input back to go on, give the sink another path, or start anew with --force"
+                    .to_owned()
+            }
+            Self::Occupied { .. } => "move it away, or give the sink another path".to_owned(),
+        })
+    }
+}
+
+impl SinkSpec {
+    fn open(&self, schema: SchemaRef) -> Result<Box<dyn Sink>, SinkError> {
+        Ok(match self {
+            Self::Parquet { path } => Box::new(ParquetSink::open(path, schema)?),
+            Self::Jsonl { path } if path.as_os_str() == STDOUT => Box::new(JsonlSink::stdout()),
+            Self::Jsonl { path } => Box::new(JsonlSink::open(path)?),
+            Self::Stderr => Box::new(JsonlSink::stderr()),
+        })
+    }
+
+    /// Where the manifest and the journal lie; `None` for what cannot be continued.
+    fn state_folder(&self) -> Option<PathBuf> {
+        match self {
+            Self::Parquet { path } => Some(path.join("_tidemill")),
+            Self::Jsonl { path } if path.as_os_str() == STDOUT => None,
+            Self::Jsonl { path } if path.exists() && !path.is_file() => None,
+            Self::Jsonl { path } => {
+                let mut name = path.clone().into_os_string();
+                name.push(".tidemill");
+                Some(name.into())
+            }
+            Self::Stderr => None,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Parquet { path } | Self::Jsonl { path } => path.clone(),
+            Self::Stderr => PathBuf::from("standard error"),
+        }
+    }
+}
+
+impl fmt::Display for SinkSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path().display())
+    }
+}
+
+impl Output {
+    /// Opens an output and tells where to go on. `definition` is whatever decides the rows; work is only
+    /// continued for an equal one over the same inputs. `force` removes what an earlier run made.
+    pub fn open(
+        spec: OutputSpec,
+        definition: &Value,
+        inputs: &[InputFile],
+        force: bool,
+    ) -> Result<(Self, Resume), OutputError> {
+        let path = spec.sink.path();
+        let Some(folder) = spec.sink.state_folder() else {
+            let (sink, errors) = (spec.sink.open(spec.output_schema)?, spec.errors.open(spec.errors_schema)?);
+            return Ok((Self { sink, errors, state: None }, Resume::Fresh));
+        };
+        fs::create_dir_all(&folder).map_err(|source| SinkError::io("create", &folder, source))?;
+        let lock = lock(&folder, &path)?;
+        let mut sink = spec.sink.open(spec.output_schema)?;
+        let mut errors = spec.errors.open(spec.errors_schema)?;
+        let has_manifest = fs::metadata(folder.join(MANIFEST)).is_ok_and(|file| file.len() > 0);
+        if force && has_manifest {
+            sink.recover(&[])?;
+            errors.recover(&[])?;
+            clear(&folder)?;
+        }
+        let mut manifest = Manifest::open(&folder.join(MANIFEST))?;
+        match &manifest.header {
+            None => {
+                if let Some(path) = sink.occupied()?.or(errors.occupied()?) {
+                    return Err(OutputError::Occupied { path });
+                }
+                manifest.begin(definition.clone(), inputs.to_vec())?;
+            }
+            Some(header) => {
+                let changes = changes(&header.definition, definition);
+                if !changes.is_empty() {
+                    return Err(OutputError::DefinitionChanged { path, changes });
+                }
+                if let Some(input) = changed_input(&header.inputs, inputs) {
+                    return Err(OutputError::InputsChanged { path, input });
+                }
+            }
+        }
+        let parts = |part: fn(&Commit) -> &Option<Part>| -> Vec<Part> {
+            manifest.commits.iter().filter_map(|commit| part(commit).clone()).collect()
+        };
+        let (output_parts, error_parts) = (parts(|commit| &commit.output), parts(|commit| &commit.errors));
+        sink.recover(&output_parts)?;
+        errors.recover(&error_parts)?;
+        let count = |parts: &[Part]| parts.iter().map(|part| part.rows).sum();
+        let (rows, num_errors) = (count(&output_parts), count(&error_parts));
+        let resume = match manifest.commits.last() {
+            _ if manifest.finished => Resume::Finished { rows, errors: num_errors },
+            Some(last) => Resume::Continue { position: last.position, rows, errors: num_errors },
+            None => Resume::Fresh,
+        };
+        let state = State { folder, manifest, _lock: lock };
+        Ok((Self { sink, errors, state: Some(state) }, resume))
+    }
+
+    /// Stages results.
+    pub fn write(&mut self, rows: &RecordBatch) -> Result<(), OutputError> {
+        Ok(self.sink.write(rows)?)
+    }
+
+    /// Stages errors.
+    pub fn write_errors(&mut self, rows: &RecordBatch) -> Result<(), OutputError> {
+        Ok(self.errors.write(rows)?)
+    }
+
+    pub fn staged_rows(&self) -> u64 {
+        self.sink.staged_rows() + self.errors.staged_rows()
+    }
+
+    pub fn staged_bytes(&self) -> u64 {
+        self.sink.staged_bytes() + self.errors.staged_bytes()
+    }
+
+    /// Commits all that is staged; `position` is where it ends in the input.
+    pub fn commit(&mut self, position: Position) -> Result<(), OutputError> {
+        let output = self.sink.prepare()?;
+        let errors = self.errors.prepare()?;
+        if let Some(state) = &mut self.state {
+            state.manifest.commit(Commit { position, output: output.clone(), errors: errors.clone() })?;
+        }
+        for (sink, part) in [(&mut self.sink, output), (&mut self.errors, errors)] {
+            if let Some(part) = part {
+                sink.publish(&part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says that the input was used up; nothing may be staged.
+    pub fn finish(&mut self) -> Result<(), OutputError> {
+        assert_eq!(self.staged_rows(), 0, "finished with rows that are not committed");
+        if let Some(state) = &mut self.state {
+            state.manifest.finish()?;
+        }
+        Ok(())
+    }
+
+    /// Where a run may keep what it needs to go on; `None` if it cannot.
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.state.as_ref().map(|state| state.folder.as_path())
+    }
+}
+
+fn lock(folder: &Path, output: &Path) -> Result<File, OutputError> {
+    let path = folder.join(LOCK);
+    let file = File::create(&path).map_err(|source| SinkError::io("create", &path, source))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(OutputError::Locked { path: output.to_owned() }),
+        Err(fs::TryLockError::Error(source)) => Err(SinkError::io("lock", &path, source).into()),
+    }
+}
+
+/// Removes everything in a state folder but the lock, the manifest last.
+fn clear(folder: &Path) -> Result<(), SinkError> {
+    let fail = |source| SinkError::io("clear", folder, source);
+    for file in fs::read_dir(folder).map_err(fail)? {
+        let file = file.map_err(fail)?;
+        if file.file_name() != LOCK && file.file_name() != MANIFEST {
+            fs::remove_file(file.path()).map_err(fail)?;
+        }
+    }
+    fs::remove_file(folder.join(MANIFEST)).map_err(fail)
+}
+
+fn changed_input(before: &[InputFile], now: &[InputFile]) -> Option<PathBuf> {
+    let differs = before.iter().zip(now).find(|(before, now)| before != now);
+    let missing = || before.get(now.len()).or_else(|| now.get(before.len()));
+    differs.map(|(before, _)| before).or_else(missing).map(|input| input.path.clone())
+}
+
+/// The first differences of two definitions, as `steps[0].generate.max_tokens was 8 and is 9`.
+fn changes(before: &Value, now: &Value) -> String {
+    let mut found = Vec::new();
+    compare("", before, now, &mut found);
+    let more = found.len().saturating_sub(MAX_CHANGES);
+    found.truncate(MAX_CHANGES);
+    let more = if more > 0 { format!(" and {more} more changes") } else { String::new() };
+    if found.is_empty() { String::new() } else { found.join(", ") + &more }
+}
+
+fn compare(path: &str, before: &Value, now: &Value, found: &mut Vec<String>) {
+    let at = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+    match (before, now) {
+        (Value::Object(before), Value::Object(now)) => {
+            let keys = before.keys().chain(now.keys().filter(|key| !before.contains_key(*key)));
+            for key in keys {
+                let side =
+                    |object: &serde_json::Map<String, Value>| object.get(key).cloned().unwrap_or_default();
+                compare(&at(key), &side(before), &side(now), found);
+            }
+        }
+        (Value::Array(before), Value::Array(now)) => {
+            for index in 0..before.len().max(now.len()) {
+                let side = |array: &[Value]| array.get(index).cloned().unwrap_or_default();
+                compare(&format!("{path}[{index}]"), &side(before), &side(now), found);
+            }
+        }
+        _ if before != now => found.push(format!("{path} was {before} and is {now}")),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,185 @@
+//! What every source of rows offers, whatever its format: batches with the exact address of each row.
+//!
+//! Invariant: reading from a [`Position`] yields the same rows in every run over the same inputs, however the
+//! rows were cut into batches before. A bad row is a value, [`RejectedRow`]; only a broken input is an error.
+//! Retries and parallel reading are absent: one source is one sequence of rows.
+
+use std::io;
+use std::path::PathBuf;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use serde::{Deserialize, Serialize};
+
+/// The most bytes of a rejected row which are kept.
+pub const MAX_REJECTED_BYTES: usize = 64 << 10;
+
+/// The next row to read. The end of a file may be said as its number of rows or as row 0 of the next file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Position {
+    /// Index into [`Source::inputs`].
+    pub file: u32,
+    /// 0-based; in line-based formats the number of the line, blank lines counted.
+    pub row: u64,
+}
+
+/// One file to read, with its size when the source was opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputFile {
+    pub path: PathBuf,
+    pub bytes: u64,
+}
+
+/// Rows of one file; never of two.
+#[derive(Clone, Debug)]
+pub struct SourceBatch {
+    pub rows: RecordBatch,
+    pub file: u32,
+    /// The 0-based number of each row in its file. `[rows.num_rows()]`
+    pub row_numbers: Vec<u64>,
+    /// Rows between `start` and `end` which could not be read.
+    pub rejected: Vec<RejectedRow>,
+    pub start: Position,
+    /// Where to continue after this batch; in the same file as `start`.
+    pub end: Position,
+}
+
+/// A row which is malformed or does not fit the schema.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RejectedRow {
+    pub file: u32,
+    pub row: u64,
+    pub reason: String,
+    /// The start of the row, at most [`MAX_REJECTED_BYTES`]; bytes which are not UTF-8 are replaced.
+    pub raw: String,
+}
+
+/// Where a batch ends. A single row above `max_bytes` is still delivered, alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    pub max_rows: usize,
+    /// Decoded bytes for columnar formats, bytes of text for line-based ones.
+    pub max_bytes: usize,
+}
+
+impl BatchLimits {
+    /// Panics if a limit is zero: the plan checks both.
+    pub(crate) fn check(self) -> Self {
+        assert!(self.max_rows > 0, "max_rows is positive");
+        assert!(self.max_bytes > 0, "max_bytes is positive");
+        self
+    }
+}
+
+/// A finite sequence of rows.
+pub trait Source: Send {
+    /// The schema of every batch.
+    fn schema(&self) -> SchemaRef;
+
+    /// The files in the order they are read.
+    fn inputs(&self) -> &[InputFile];
+
+    /// All rows, rejected ones included; `None` if only reading can tell.
+    fn num_rows(&self) -> Option<u64>;
+
+    /// Continues at `position`, exactly.
+    fn seek(&mut self, position: Position) -> Result<(), SourceError>;
+
+    /// The next rows, or `None` at the end. A batch may hold rejected rows only.
+    fn next_batch(&mut self) -> Result<Option<SourceBatch>, SourceError>;
+}
+
+/// Why an input as a whole cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("no file or folder {path:?}")]
+    NotFound { path: PathBuf },
+
+    #[error("no input files in {path:?}")]
+    NoFiles { path: PathBuf, wanted: String },
+
+    #[error("more than {max_files} input files in {path:?}")]
+    TooManyFiles { path: PathBuf, max_files: usize },
+
+    #[error("input {path:?} is not a regular file")]
+    NotAFile { path: PathBuf },
+
+    #[error("malformed glob pattern {path:?}: {reason}")]
+    Pattern { path: PathBuf, reason: String },
+
+    #[error("cannot read {path:?}")]
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+
+    #[error("corrupt {format} file {path:?}{}: {reason}", place(*row_group, *row))]
+    Corrupt {
+        path: PathBuf,
+        format: &'static str,
+        row_group: Option<usize>,
+        /// The first row which was not read.
+        row: Option<u64>,
+        reason: String,
+    },
+
+    #[error("no column {name:?}")]
+    UnknownColumn { name: String, available: Vec<String> },
+
+    #[error("column {name:?} occurs twice in {path:?}")]
+    DuplicateColumn { path: PathBuf, name: String },
+
+    #[error("schema of {path:?} differs from {first:?} at column {column:?}: {reason}")]
+    SchemaDiffers { path: PathBuf, first: PathBuf, column: String, reason: String },
+
+    #[error("no row {} in file {} of the input", position.row, position.file)]
+    NoSuchPosition { position: Position },
+
+    #[error("stream {path:?} cannot go back from row {from} to row {to}")]
+    NotSeekable { path: PathBuf, from: u64, to: u64 },
+}
+
+impl SourceError {
+    /// What the user can do about it.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::NotFound { .. } => "check the path; a relative path starts at the current folder".into(),
+            Self::NoFiles { wanted, .. } => {
+                format!("looked for {wanted}; names that begin with `.` or `_` are skipped")
+            }
+            Self::TooManyFiles { .. } => "name a smaller folder or a narrower pattern".into(),
+            Self::NotAFile { .. } => "name a file, a folder or a glob pattern".into(),
+            Self::Pattern { .. } => {
+                "`*`, `?`, `[a-z]` and `**` are special; write `[*]` for a literal star".into()
+            }
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied => "this user may not read it: check its permissions".into(),
+                io::ErrorKind::NotFound => "it was there when the run began: was it moved?".into(),
+                _ => return None,
+            },
+            Self::Corrupt { .. } => {
+                "the file is cut off, damaged or of another format: write it again".into()
+            }
+            Self::UnknownColumn { available, .. } if available.is_empty() => {
+                "the input has no columns".into()
+            }
+            Self::UnknownColumn { available, .. } => format!("available columns: {}", available.join(", ")),
+            Self::DuplicateColumn { .. } => "give each column a name of its own".into(),
+            Self::SchemaDiffers { .. } => {
+                "all files of one input need the same columns: read the others in a run of their own".into()
+            }
+            Self::NoSuchPosition { .. } => "the input is shorter than it was: was it replaced?".into(),
+            Self::NotSeekable { .. } => "write the stream to a file first: a file can be resumed".into(),
+        })
+    }
+}
+
+fn place(row_group: Option<usize>, row: Option<u64>) -> String {
+    match (row_group, row) {
+        (Some(group), Some(row)) => format!(", row group {group}, from row {row} on"),
+        (Some(group), None) => format!(", row group {group}"),
+        (None, Some(row)) => format!(", from row {row} on"),
+        (None, None) => String::new(),
+    }
+}

@@ -1,0 +1,298 @@
+//! The command line: what it takes, and what each command prints.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use tidemill_kernels::gguf::Gguf;
+
+use crate::explain::{ExplainError, explain, graph};
+use crate::models::catalogue::{CATALOGUE, ModelRef, resolve};
+use crate::models::pull::{PullError, model_path, pull, verified};
+use crate::plan::{Checked, check};
+use crate::run::{Outcome, RunError, RunOptions, run, stop_on_signal};
+use crate::spec::{Definition, SpecError};
+use crate::summary::thousands;
+
+/// Exit codes; `README.md` documents them.
+pub mod exit {
+    pub const OK: i32 = 0;
+    /// The world is broken: files, disk, model.
+    pub const FAILED: i32 = 1;
+    /// The command line or the definition is wrong.
+    pub const USAGE: i32 = 2;
+    /// More documents failed than the definition allows.
+    pub const OVER_BUDGET: i32 = 3;
+    pub const INTERRUPTED: i32 = 130;
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  tidemill check pipeline.yaml         find mistakes before anything runs
+  tidemill explain pipeline.yaml       count tokens and shared prefixes beforehand
+  tidemill run pipeline.yaml           run it; after a crash, run it again to go on
+  tidemill models pull smollm2-135m-instruct
+
+Exit codes: 0 done, 1 failed, 2 wrong definition or command line, 3 error budget exceeded, 130 interrupted.";
+
+/// Streams documents from Parquet or JSONL through a language model and writes the answers.
+#[derive(Debug, Parser)]
+#[command(name = "tidemill", version, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a pipeline; a run that was interrupted goes on where it was
+    Run(RunArgs),
+    /// Check a definition without running it
+    Check { file: PathBuf },
+    /// Show the graph and count the input's tokens, without running the model
+    Explain(ExplainArgs),
+    /// Fetch and look at models
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    /// Print a completion script for a shell
+    Completions { shell: Shell },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  tidemill run --workers 2 examples/news-summaries/pipeline.yaml")]
+struct RunArgs {
+    /// The pipeline's definition
+    file: PathBuf,
+    /// Dataflow workers; each has an engine of its own, and they share the cores and the weights
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: u16,
+    /// Replace output that is finished or was made by another definition
+    #[arg(long)]
+    force: bool,
+    /// No progress and no summary
+    #[arg(long, short)]
+    quiet: bool,
+    /// Write the summary to a file, as JSON
+    #[arg(long, value_name = "FILE")]
+    summary: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct ExplainArgs {
+    /// The pipeline's definition
+    file: PathBuf,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: u16,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum ModelsCommand {
+    /// List the models known by name
+    List,
+    /// Fetch a model, verify it and keep it
+    Pull {
+        name: String,
+        /// Fetch it even if it is here
+        #[arg(long)]
+        force: bool,
+    },
+    /// Show what a model file holds
+    Inspect { name: String },
+}
+
+/// Whatever a command can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error(transparent)]
+    Spec(#[from] Box<SpecError>),
+    #[error(transparent)]
+    Run(#[from] RunError),
+    #[error(transparent)]
+    Explain(#[from] ExplainError),
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error(transparent)]
+    Gguf(#[from] tidemill_kernels::gguf::GgufError),
+    #[error("no model {name:?}")]
+    UnknownModel { name: String, nearest: String },
+    #[error("cannot handle signals")]
+    Signal(#[from] ctrlc::Error),
+    #[error("cannot write {path}")]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{errors} of {total} documents failed, more than the error budget allows")]
+    OverBudget { errors: u64, total: u64 },
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl CliError {
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Spec(_) | Self::UnknownModel { .. } => exit::USAGE,
+            Self::OverBudget { .. } => exit::OVER_BUDGET,
+            Self::Interrupted => exit::INTERRUPTED,
+            _ => exit::FAILED,
+        }
+    }
+
+    /// What the user can do.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Self::Spec(error) => error.help.clone(),
+            Self::Run(error) => error.help(),
+            Self::Explain(error) => error.help(),
+            Self::Pull(error) => Some(error.help()),
+            Self::UnknownModel { nearest, .. } => Some(format!("known are: {nearest}")),
+            Self::OverBudget { .. } => {
+                Some("look at the errors sink for the reasons; what was finished is kept".to_owned())
+            }
+            Self::Interrupted => Some("run the same command again to go on".to_owned()),
+            Self::Gguf(_) | Self::Signal(_) | Self::Write { .. } => None,
+        }
+    }
+}
+
+/// Carries out a command.
+pub fn execute(cli: Cli) -> Result<(), CliError> {
+    match cli.command {
+        Command::Run(args) => run_command(&args),
+        Command::Check { file } => {
+            let Checked { plan, .. } = checked(&file)?;
+            println!("{} is fine: {} steps, model {}", file.display(), plan.steps.len(), plan.model_name);
+            Ok(())
+        }
+        Command::Explain(args) => explain_command(&args),
+        Command::Models(command) => models_command(command),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+fn checked(file: &Path) -> Result<Checked, CliError> {
+    Ok(check(&Definition::load(file)?)?)
+}
+
+fn run_command(args: &RunArgs) -> Result<(), CliError> {
+    let checked = checked(&args.file)?;
+    let target = checked.plan.sink.target.clone();
+    let stop = Arc::new(AtomicBool::new(false));
+    stop_on_signal(&stop)?;
+    let options =
+        RunOptions { num_workers: args.workers.into(), force: args.force, progress: !args.quiet, stop };
+    let outcome = run(checked, &options)?;
+    let summary = match &outcome {
+        Outcome::NothingToDo { rows, errors } => {
+            if !args.quiet {
+                let done = format!("{} rows, {} errors", thousands(*rows), thousands(*errors));
+                eprintln!("nothing to do: {done} are in {target} already (--force to make them anew)");
+            }
+            return Ok(());
+        }
+        Outcome::Finished(summary) | Outcome::Interrupted(summary) => summary,
+        Outcome::OverBudget { summary, .. } => summary,
+    };
+    if !args.quiet {
+        eprintln!("{}", summary.render());
+    }
+    if let Some(path) = &args.summary {
+        let text = serde_json::to_string_pretty(summary).expect("plain data");
+        std::fs::write(path, text + "\n").map_err(|source| CliError::Write { path: path.clone(), source })?;
+    }
+    match outcome {
+        Outcome::OverBudget { errors, total, .. } => Err(CliError::OverBudget { errors, total }),
+        Outcome::Interrupted(_) => Err(CliError::Interrupted),
+        Outcome::Finished(_) | Outcome::NothingToDo { .. } => Ok(()),
+    }
+}
+
+fn explain_command(args: &ExplainArgs) -> Result<(), CliError> {
+    let checked = checked(&args.file)?;
+    if !args.json {
+        println!("{}", graph(&checked.plan));
+    }
+    let explanation = explain(checked, args.workers.into(), &|what| eprintln!("{what} …"))?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&explanation).expect("plain data"));
+    } else {
+        print!("{}", explanation.render());
+    }
+    Ok(())
+}
+
+fn models_command(command: ModelsCommand) -> Result<(), CliError> {
+    match command {
+        ModelsCommand::List => {
+            for entry in CATALOGUE {
+                let here = if verified(entry).is_ok() { "here" } else { "not fetched" };
+                let size = entry.bytes / 1_000_000;
+                println!(
+                    "{:<24} {:<12} {size:>5} MB  {:<12} {}",
+                    entry.name, here, entry.license, entry.about
+                );
+            }
+            println!(
+                "{:<24} {:<12} {:>8}  {:<12} answers without weights, for trying a pipeline",
+                "fake", "built in", "", ""
+            );
+            Ok(())
+        }
+        ModelsCommand::Pull { name, force } => match model(&name)? {
+            ModelRef::Catalogued(entry) => {
+                let path = pull(entry, force, &|what| eprintln!("{what} …"))?;
+                println!("{name} is at {}", path.display());
+                Ok(())
+            }
+            ModelRef::Fake | ModelRef::File(_) => {
+                println!("{name} needs no fetching");
+                Ok(())
+            }
+        },
+        ModelsCommand::Inspect { name } => inspect(&name),
+    }
+}
+
+fn model(name: &str) -> Result<ModelRef, CliError> {
+    resolve(name, Path::new("")).map_err(|nearest| CliError::UnknownModel {
+        name: name.to_owned(),
+        nearest: format!("{}; or the path of a .gguf file", nearest.join(", ")),
+    })
+}
+
+fn inspect(name: &str) -> Result<(), CliError> {
+    let path = match model(name)? {
+        ModelRef::Fake => {
+            println!("fake is built in and has no file");
+            return Ok(());
+        }
+        ModelRef::Catalogued(entry) => {
+            println!("{:<24}{}", "about", entry.about);
+            println!("{:<24}{}", "license", entry.license);
+            println!("{:<24}{}", "sha256", entry.sha256);
+            verified(entry)?;
+            model_path(entry)?
+        }
+        ModelRef::File(path) => path,
+    };
+    let gguf = Gguf::open(&path)?;
+    println!("{:<24}{}", "file", path.display());
+    println!("{:<24}GGUF {}", "format", gguf.version);
+    for (key, value) in &gguf.metadata {
+        println!("{key:<48}{}", value.describe());
+    }
+    for tensor in gguf.tensor_names() {
+        let view = gguf.tensor(tensor)?;
+        println!("{tensor:<48}{:?} {:?}", view.dtype, view.shape);
+    }
+    Ok(())
+}

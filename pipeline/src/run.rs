@@ -1,0 +1,291 @@
+//! Runs a checked plan to its end and says how it ended.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tidemill_connectors::output::{Output, OutputError, OutputSpec, Resume};
+use tidemill_connectors::source::{Source, SourceError};
+use tidemill_operators::counters::Counters;
+use tidemill_operators::group::Demand;
+use tidemill_operators::infer::Failure;
+use tidemill_operators::infer::engine::{Engine, EngineStats};
+use tidemill_operators::infer::runner::{Runner, RunnerContext};
+use tidemill_operators::journal::{Journal, JournalError};
+use tidemill_operators::template::Template;
+use tidemill_operators::tokenize::{PromptBuilder, TextModel};
+
+use crate::clock::Clock;
+use crate::models::load::{Engines, LoadError, load};
+use crate::plan::{Checked, Plan};
+use crate::progress::Progress;
+use crate::render::sink::rows::{Rows, errors_schema};
+use crate::render::sink::{self, SinkLimits, SinkReport, SinkThread};
+use crate::render::source::SourceThread;
+use crate::render::{EpochLog, Shared, render};
+use crate::summary::Summary;
+
+/// A worker without work sleeps this long at most, so that it sees a stop.
+const PARK: Duration = Duration::from_millis(50);
+/// Prompts an engine has waiting, as a multiple of those it runs.
+const QUEUE_FACTOR: usize = 2;
+const JOURNAL: &str = "journal.redb";
+
+/// What the command line adds to a plan.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    pub num_workers: usize,
+    /// Replace finished or foreign output.
+    pub force: bool,
+    /// Show progress.
+    pub progress: bool,
+    /// Set from outside to end the run early.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// How a run ended without a failure.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// Everything is written.
+    Finished(Summary),
+    /// Everything was written before.
+    NothingToDo { rows: u64, errors: u64 },
+    /// The user stopped it; what was finished is kept.
+    Interrupted(Summary),
+    /// More documents failed than the budget allows; what was finished is kept.
+    OverBudget { summary: Summary, errors: u64, total: u64 },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("cannot start a thread")]
+    Thread(#[from] std::io::Error),
+    #[error("the run failed: {0}")]
+    Failed(String),
+    #[error("a worker failed: {0}")]
+    Worker(String),
+}
+
+impl RunError {
+    /// What the user can do.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Self::Output(error) => error.help(),
+            Self::Load(error) => error.help(),
+            Self::Source(error) => error.help(),
+            Self::Failed(_) => Some("what was finished is kept: mend the cause and run again".to_owned()),
+            Self::Journal(_) | Self::Thread(_) | Self::Worker(_) => None,
+        }
+    }
+}
+
+/// Runs a plan.
+pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> {
+    let clock = Clock::start();
+    let Checked { plan, mut source } = checked;
+    let (output, before) = match open_output(&plan, source.as_ref(), options)? {
+        (_, Resume::Finished { rows, errors }) => return Ok(Outcome::NothingToDo { rows, errors }),
+        (output, Resume::Fresh) => (output, SinkReport::default()),
+        (output, Resume::Continue { position, rows, errors }) => {
+            source.seek(position)?;
+            eprintln!("continuing after {rows} rows and {errors} errors");
+            (output, SinkReport { rows, errors, ..SinkReport::default() })
+        }
+    };
+    let journal = output.state_dir().map(|folder| Journal::open(&folder.join(JOURNAL))).transpose()?;
+    let loaded = load(&plan, &|what| eprintln!("{what} …"))?;
+    let engines = loaded.engines(&plan.engine, options.num_workers)?;
+    let shared = share(&plan, journal, options);
+    let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
+    let rows = Rows::new(
+        Arc::clone(&plan.input_schema),
+        plan.output_schema(),
+        plan.steps.iter().map(|step| Arc::clone(&step.name)).collect(),
+        source.inputs().iter().map(|input| input.path.clone()).collect::<Vec<PathBuf>>(),
+    );
+    let limits = SinkLimits {
+        commit_rows: plan.sink.commit_rows,
+        commit_interval: Duration::from_secs(plan.sink.commit_seconds),
+        budget: plan.sink.budget,
+    };
+    let (sink, sink_thread) = sink::start(output, rows, limits, before, &shared, clock)?;
+    let progress =
+        options.progress.then(|| Progress::start(Arc::clone(&shared.counters), total, clock)).transpose()?;
+    let ends = Ends { engines, source, sink };
+    let stats = execute(&plan, &shared, ends, options.num_workers)?;
+    drop(progress);
+    let report = sink_thread.join().map_err(|_| RunError::Worker("the sink's thread panicked".to_owned()))?;
+    Counters::add(&shared.counters.preemptions, stats.iter().map(|stats| stats.preemptions).sum());
+    conclude(&shared, report, clock)
+}
+
+fn open_output(
+    plan: &Plan,
+    source: &dyn Source,
+    options: &RunOptions,
+) -> Result<(Output, Resume), OutputError> {
+    let spec = OutputSpec {
+        sink: plan.sink.target.clone(),
+        errors: plan.sink.errors.clone(),
+        output_schema: plan.output_schema(),
+        errors_schema: errors_schema(),
+    };
+    Output::open(spec, &plan.fingerprint, source.inputs(), options.force)
+}
+
+fn share(plan: &Plan, journal: Option<Journal>, options: &RunOptions) -> Shared {
+    let target = plan.engine.max_num_seqs as usize * QUEUE_FACTOR;
+    Shared {
+        counters: Arc::new(Counters::default()),
+        failure: Failure::default(),
+        stop: Arc::clone(&options.stop),
+        journal,
+        epochs: Arc::new(EpochLog::default()),
+        demands: plan.steps.iter().map(|_| Arc::new(Demand::new(options.num_workers, target))).collect(),
+        credit: plan.credit,
+    }
+}
+
+fn conclude(shared: &Shared, report: SinkReport, clock: Clock) -> Result<Outcome, RunError> {
+    if let Some(message) = shared.failure.get() {
+        return Err(RunError::Failed(message));
+    }
+    let summary = Summary::new(&shared.counters, clock.elapsed());
+    Ok(if report.over_budget {
+        let total = report.rows + report.errors;
+        Outcome::OverBudget { summary, errors: report.errors, total }
+    } else if report.finished {
+        Outcome::Finished(summary)
+    } else {
+        Outcome::Interrupted(summary)
+    })
+}
+
+/// What enters the dataflow from outside.
+struct Ends {
+    engines: Engines,
+    source: Box<dyn Source>,
+    sink: SinkThread,
+}
+
+/// What one worker takes with it.
+struct WorkerPart {
+    engine: Engine,
+    ends: Option<(SourceThread, SinkThread)>,
+}
+
+/// Runs the dataflow on all workers until it is done or stopped.
+fn execute(
+    plan: &Plan,
+    shared: &Shared,
+    ends: Ends,
+    num_workers: usize,
+) -> Result<Vec<EngineStats>, RunError> {
+    let reading: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
+    let text = Arc::clone(&ends.engines.text);
+    let mut first = Some((SourceThread::new(ends.source, Arc::clone(&reading)), ends.sink));
+    let parts: Vec<Mutex<Option<WorkerPart>>> = ends
+        .engines
+        .engines
+        .into_iter()
+        .map(|engine| Mutex::new(Some(WorkerPart { engine, ends: first.take() })))
+        .collect();
+    let steps: Vec<StepTemplate> = plan.steps.iter().map(StepTemplate::new).collect();
+    let shared = shared.clone();
+    let guards = timely::execute(timely::Config::process(num_workers), move |worker| {
+        let part = parts[worker.index()].lock().unwrap_or_else(PoisonError::into_inner).take();
+        let part = part.expect("each worker starts once");
+        let builders = steps.iter().map(|step| step.builder(&text)).collect();
+        drive(worker, &shared, part, builders, &text)
+    })
+    .map_err(RunError::Worker)?;
+    let mut stats = Vec::new();
+    for result in guards.join() {
+        stats.push(result.map_err(RunError::Worker)??);
+    }
+    for thread in reading.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        thread.join().map_err(|_| RunError::Worker("the source's thread panicked".to_owned()))?;
+    }
+    Ok(stats)
+}
+
+fn drive(
+    worker: &mut timely::worker::Worker,
+    shared: &Shared,
+    part: WorkerPart,
+    builders: Vec<PromptBuilder>,
+    text: &Arc<TextModel>,
+) -> Result<EngineStats, std::io::Error> {
+    let context = RunnerContext {
+        text: Arc::clone(text),
+        journal: shared.journal.clone(),
+        counters: Arc::clone(&shared.counters),
+        failure: shared.failure.clone(),
+        cancel: Arc::clone(&shared.stop),
+    };
+    let (runner, handle) = Runner::start(part.engine, context)?;
+    let (input, output) = part.ends.unzip();
+    let dataflow = worker.next_dataflow_index();
+    let probe = worker.dataflow(|scope| render(scope, shared, builders, &handle, input, output));
+    drop(handle);
+    while !probe.done() && !shared.should_stop() {
+        worker.step_or_park(Some(PARK));
+    }
+    // Ends the operators, and with them the threads that they feed.
+    worker.drop_dataflow(dataflow);
+    Ok(runner.join())
+}
+
+/// A step's templates as text: every worker compiles its own.
+struct StepTemplate {
+    name: Arc<str>,
+    system: Option<String>,
+    prompt: String,
+    max_tokens: u32,
+    sampling: tidemill_kernels::step::SamplingParams,
+}
+
+impl StepTemplate {
+    fn new(step: &crate::plan::GeneratePlan) -> Self {
+        Self {
+            name: Arc::clone(&step.name),
+            system: step.system.clone(),
+            prompt: step.prompt.clone(),
+            max_tokens: step.max_tokens,
+            sampling: step.sampling,
+        }
+    }
+
+    fn builder(&self, text: &Arc<TextModel>) -> PromptBuilder {
+        let compile = |source: &str| Template::new(source).expect("compiled once when the plan was checked");
+        PromptBuilder {
+            step: Arc::clone(&self.name),
+            model: Arc::clone(text),
+            system: self.system.as_deref().map(compile),
+            prompt: compile(&self.prompt),
+            max_tokens: self.max_tokens,
+            sampling: self.sampling,
+        }
+    }
+}
+
+/// Asks a run to end; the second time, ends the process.
+pub fn stop_on_signal(stop: &Arc<AtomicBool>) -> Result<(), ctrlc::Error> {
+    let stop = Arc::clone(stop);
+    ctrlc::set_handler(move || {
+        if stop.swap(true, Ordering::AcqRel) {
+            std::process::exit(crate::cli::exit::INTERRUPTED);
+        }
+        eprintln!("stopping: what is finished is kept (again to stop at once)");
+    })
+}

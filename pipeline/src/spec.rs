@@ -1,0 +1,362 @@
+//! A definition as the user wrote it: the YAML's shape and the place of every value, nothing checked.
+//!
+//! Unknown keys and wrong types are refused here; whether a value makes sense is decided in
+//! [`plan`](crate::plan). Values that can be wrong later keep their place ([`Spanned`]).
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+pub use serde_saphyr::{Location, Spanned};
+
+/// A whole definition file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    pub name: Spanned<String>,
+    pub model: ModelSpec,
+    pub source: SourceSpec,
+    pub steps: Spanned<Vec<StepSpec>>,
+    pub sink: SinkSpec,
+    pub errors: Option<ErrorsSpec>,
+    #[serde(default)]
+    pub engine: EngineSpec,
+    #[serde(default)]
+    pub credit: CreditSpec,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// A name from `tidemill models list`, or the path of a GGUF file.
+    pub name: Spanned<String>,
+    #[serde(default)]
+    pub device: Device,
+}
+
+/// Where the model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// The fastest there is.
+    #[default]
+    Auto,
+    Cpu,
+    /// Plain f32 loops: slow, the measure of all other paths.
+    Reference,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceSpec {
+    Parquet(FilesSpec),
+    Jsonl(FilesSpec),
+}
+
+/// Input files.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FilesSpec {
+    /// A file, a folder or a glob; relative to the definition. `-` is standard input (JSONL only).
+    pub path: Spanned<String>,
+    pub columns: Option<Vec<Spanned<String>>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepSpec {
+    Generate(GenerateSpec),
+}
+
+/// One question asked of every document.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerateSpec {
+    /// Names the output column.
+    pub name: Spanned<String>,
+    pub system: Option<Spanned<String>>,
+    pub prompt: Spanned<String>,
+    pub max_tokens: Option<Spanned<u32>>,
+    pub temperature: Option<Spanned<f32>>,
+    pub top_p: Option<Spanned<f32>>,
+    pub top_k: Option<u32>,
+    pub seed: Option<u64>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SinkSpec {
+    Parquet(TargetSpec),
+    Jsonl(TargetSpec),
+}
+
+/// Where rows are written.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetSpec {
+    /// A folder for Parquet, a file for JSONL; relative to the definition. `-` is standard output (JSONL).
+    pub path: Spanned<String>,
+    /// Rows are committed at the latest when this many wait.
+    pub commit_rows: Option<Spanned<u64>>,
+    /// Rows are committed at the latest after this many seconds.
+    pub commit_seconds: Option<Spanned<u64>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ErrorsSpec {
+    pub parquet: Option<PathSpec>,
+    pub jsonl: Option<PathSpec>,
+    /// The run stops when more documents than this fail.
+    pub budget: Option<Budget>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PathSpec {
+    pub path: Spanned<String>,
+}
+
+/// `5%` of the documents, or a number of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    Percent(f64),
+    Documents(u64),
+}
+
+/// Bounds of the inference engine, one per worker.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineSpec {
+    pub max_num_seqs: Option<Spanned<u32>>,
+    pub max_num_batched_tokens: Option<Spanned<u32>>,
+    pub page_size: Option<Spanned<u32>>,
+    pub kv_cache_memory: Option<Spanned<Bytes>>,
+}
+
+/// Bounds of what is read and not yet written.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreditSpec {
+    pub documents: Option<Spanned<u64>>,
+    pub bytes: Option<Spanned<Bytes>>,
+}
+
+/// A size in bytes, written as `512MiB` or a plain number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+/// What is wrong with a definition, and where.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{path}:{line}:{column}: {message}")]
+pub struct SpecError {
+    /// The file, as the user named it.
+    pub path: String,
+    /// The file's text, for the snippet.
+    pub text: String,
+    /// 1-based; 0 if the place is unknown.
+    pub line: usize,
+    /// 1-based.
+    pub column: usize,
+    /// Bytes of `text` to mark.
+    pub span: std::ops::Range<usize>,
+    /// The key at fault, such as `steps[0].generate.prompt`; empty if the YAML itself is at fault.
+    pub key: String,
+    pub message: String,
+    pub help: Option<String>,
+}
+
+/// A definition file with its parsed content.
+#[derive(Clone, Debug)]
+pub struct Definition {
+    pub path: PathBuf,
+    pub text: String,
+    pub spec: Spec,
+}
+
+impl Definition {
+    /// Reads and parses a definition.
+    pub fn load(path: &Path) -> Result<Self, Box<SpecError>> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            let help = match error.kind() {
+                std::io::ErrorKind::NotFound => {
+                    "give the path of a pipeline definition, such as pipeline.yaml"
+                }
+                std::io::ErrorKind::InvalidData => "a definition is UTF-8 text",
+                _ => "check the file's permissions",
+            };
+            SpecError::without_place(path, format!("cannot read the definition: {error}"), Some(help))
+        })?;
+        Self::parse(path, text)
+    }
+
+    /// Parses a definition that was read from `path`.
+    pub fn parse(path: &Path, text: String) -> Result<Self, Box<SpecError>> {
+        match serde_saphyr::from_str(&text) {
+            Ok(spec) => Ok(Self { path: path.to_owned(), text, spec }),
+            Err(error) => {
+                let location = error.location().unwrap_or(Location::UNKNOWN);
+                let message = error.without_snippet().render_with_formatter(&PlainMessages);
+                Err(SpecError::at(path, &text, location, "", message, None))
+            }
+        }
+    }
+
+    /// The folder that relative paths start from.
+    pub fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
+    }
+
+    /// An error at a value of this definition.
+    pub fn error<T>(
+        &self,
+        value: &Spanned<T>,
+        key: &str,
+        message: impl Into<String>,
+        help: Option<String>,
+    ) -> Box<SpecError> {
+        SpecError::at(&self.path, &self.text, value.referenced, key, message.into(), help)
+    }
+}
+
+impl SpecError {
+    fn without_place(path: &Path, message: String, help: Option<&str>) -> Box<Self> {
+        Self::at(path, "", Location::UNKNOWN, "", message, help.map(str::to_owned))
+    }
+
+    fn at(
+        path: &Path,
+        text: &str,
+        location: Location,
+        key: &str,
+        message: String,
+        help: Option<String>,
+    ) -> Box<Self> {
+        let start = location.span().byte_offset().map_or(0, |offset| offset as usize).min(text.len());
+        let len = location.span().byte_len().unwrap_or(0) as usize;
+        // A block scalar's span reaches to its end: mark its first line only.
+        let rest = &text[text.floor_char_boundary(start)..];
+        let line_len = rest.find('\n').unwrap_or(rest.len());
+        let len = if len == 0 { line_len } else { len.min(line_len) };
+        Box::new(Self {
+            path: path.display().to_string(),
+            text: text.to_owned(),
+            line: location.line() as usize,
+            column: location.column() as usize,
+            span: start..text.floor_char_boundary(start + len),
+            key: key.to_owned(),
+            message,
+            help,
+        })
+    }
+
+    /// Moves the place to line `line` (1-based) of the value the error stands at.
+    pub fn on_line(mut self: Box<Self>, line: usize) -> Box<Self> {
+        let is_block = self.text[self.span.clone()].trim_start().starts_with('|');
+        if !is_block || line == 0 {
+            return self;
+        }
+        let target = self.line + line;
+        let start: usize = self.text.split_inclusive('\n').take(target - 1).map(str::len).sum();
+        let Some(text) = self.text[start..].lines().next() else { return self };
+        let indent = text.len() - text.trim_start().len();
+        self.line = target;
+        self.column = indent + 1;
+        self.span = start + indent..start + text.len();
+        self
+    }
+}
+
+/// Messages without a place in them: the place is printed beside.
+struct PlainMessages;
+
+impl serde_saphyr::MessageFormatter for PlainMessages {
+    fn format_message<'a>(&self, error: &'a serde_saphyr::Error) -> std::borrow::Cow<'a, str> {
+        serde_saphyr::UserMessageFormatter.format_message(error)
+    }
+}
+
+impl<'de> Deserialize<'de> for Budget {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct BudgetVisitor;
+        impl Visitor<'_> for BudgetVisitor {
+            type Value = Budget;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a share such as `5%` or a number of documents")
+            }
+
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<Budget, E> {
+                Ok(Budget::Documents(value))
+            }
+
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<Budget, E> {
+                u64::try_from(value)
+                    .map(Budget::Documents)
+                    .map_err(|_| E::invalid_value(de::Unexpected::Signed(value), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, value: &str) -> Result<Budget, E> {
+                if let Ok(documents) = value.trim().parse() {
+                    return Ok(Budget::Documents(documents));
+                }
+                let percent = value.trim().strip_suffix('%').and_then(|number| number.trim().parse().ok());
+                match percent {
+                    Some(percent) if (0.0..=100.0).contains(&percent) => Ok(Budget::Percent(percent)),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(value), &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(BudgetVisitor)
+    }
+}
+
+impl Serialize for Budget {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Percent(percent) => serializer.serialize_str(&format!("{percent}%")),
+            Self::Documents(documents) => serializer.serialize_u64(*documents),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct BytesVisitor;
+        impl Visitor<'_> for BytesVisitor {
+            type Value = Bytes;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size such as `512MiB` or a number of bytes")
+            }
+
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<Bytes, E> {
+                Ok(Bytes(value))
+            }
+
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<Bytes, E> {
+                u64::try_from(value)
+                    .map(Bytes)
+                    .map_err(|_| E::invalid_value(de::Unexpected::Signed(value), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, value: &str) -> Result<Bytes, E> {
+                let digits = value.trim_end_matches(|c: char| c.is_ascii_alphabetic() || c == ' ');
+                let unit: u64 = match value[digits.len()..].trim() {
+                    "" | "B" => 1,
+                    "KiB" => 1 << 10,
+                    "MiB" => 1 << 20,
+                    "GiB" => 1 << 30,
+                    _ => return Err(E::invalid_value(de::Unexpected::Str(value), &self)),
+                };
+                let number = digits.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+                number.map(Bytes).ok_or_else(|| E::invalid_value(de::Unexpected::Str(value), &self))
+            }
+        }
+        deserializer.deserialize_any(BytesVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests;
