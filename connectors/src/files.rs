@@ -104,7 +104,10 @@ fn match_pattern(path: &Path, extensions: &[&str], found: &mut Vec<InputFile>) -
     let bad =
         |error: glob::PatternError| SourceError::Pattern { path: path.to_owned(), reason: error.msg.into() };
     for entry in glob::glob_with(text, options).map_err(bad)? {
-        let entry = entry.map_err(|error| read_error(&error.path().to_owned(), error.into()))?;
+        let entry = entry.map_err(|error| {
+            let path = error.path().to_owned();
+            read_error(&path, error.into())
+        })?;
         if !names_allowed(&entry, path) {
             continue;
         }

@@ -8,6 +8,9 @@ pub struct Counters {
     pub documents_read: AtomicU64,
     pub documents_in_flight: AtomicU64,
     pub peak_in_flight: AtomicU64,
+    /// Documents, answered or refused, that have reached the sink; their epoch may still be open.
+    pub arrived: AtomicU64,
+    /// Documents handed to the output.
     pub documents_done: AtomicU64,
     pub errors: AtomicU64,
     /// Answers taken from the journal instead of the model.

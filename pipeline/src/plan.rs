@@ -515,6 +515,3 @@ fn fingerprint(definition: &Definition, steps: &[GeneratePlan]) -> Value {
         },
     })
 }
-
-#[cfg(test)]
-mod tests;

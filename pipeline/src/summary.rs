@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 use tidemill_operators::counters::Counters;
@@ -59,7 +59,7 @@ impl Summary {
             ("peak memory", format!("{:.0} MiB", self.peak_memory_bytes as f64 / (1 << 20) as f64)),
         ];
         let mut table = Table::new();
-        table.load_style(UTF8_HORIZONTAL_ONLY);
+        table.load_style(NOTHING);
         for (name, value) in rows {
             table.add_row([name.to_owned(), value]);
         }

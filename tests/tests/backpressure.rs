@@ -1,4 +1,5 @@
 //! The source is the gate: what is read and not yet written never exceeds the credit, however long the input.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::fs;
 

@@ -1,5 +1,6 @@
 //! Bad input of every kind: a clear message that names the place and what to do, the right exit code, and
 //! nothing lost.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
@@ -168,7 +169,7 @@ fn an_unwritable_output_is_refused_before_the_model_is_loaded() {
 #[test]
 fn a_full_disk_is_an_error_that_names_the_file() {
     let definition = DEFINITION.replace("parquet: { path: out/results }", "jsonl: { path: /dev/full }");
-    let pipeline = pipeline(&definition.replace("out/errors.jsonl", "out/errors.jsonl"));
+    let pipeline = pipeline(&definition);
     let ran = pipeline.run(&["run", "--quiet"]).expect_code(1);
     ran.expect_words(&["/dev/full", "space"]);
 }

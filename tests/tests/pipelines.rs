@@ -2,6 +2,7 @@
 //!
 //! A new case is a new folder. `UPDATE_EXPECT=1` writes the expected files. Whatever the number of workers,
 //! the output must be the same.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

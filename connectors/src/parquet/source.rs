@@ -229,7 +229,7 @@ impl FileReader {
         if taken.len() == 1 {
             return Ok(taken.remove(0));
         }
-        match concat_batches(schema, &taken) {
+        match guard::catch(|| concat_batches(schema, &taken)) {
             // With no columns the number of rows is all there is.
             Ok(_) if schema.fields().is_empty() => with_schema(schema, Vec::new(), num_rows),
             Ok(rows) => Ok(rows),
@@ -240,7 +240,7 @@ impl FileReader {
                 }
                 Ok(taken.remove(0))
             }
-            Err(error) => Err(error.to_string()),
+            Err(reason) => Err(reason),
         }
     }
 

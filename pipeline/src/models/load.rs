@@ -37,7 +37,7 @@ pub enum LoadError {
     Model {
         name: String,
         #[source]
-        source: ModelError,
+        source: Box<ModelError>,
     },
     #[error("cannot load the text side of model {name:?}")]
     Text {
@@ -100,7 +100,7 @@ pub fn load(plan: &Plan, say: &dyn Fn(&str)) -> Result<LoadedModel, LoadError> {
         }
         ModelRef::File(path) => (path.clone(), sha256(path)?),
     };
-    let model_error = |source| LoadError::Model { name: name.clone(), source };
+    let model_error = |source| LoadError::Model { name: name.clone(), source: Box::new(source) };
     let gguf = Gguf::open(&path).map_err(|error| model_error(error.into()))?;
     let text =
         text_of(&gguf).map_err(|source| LoadError::Text { name: name.clone(), source: Box::new(source) })?;
@@ -172,7 +172,10 @@ impl LoadedModel {
             Weights::Llama { weights, digest } => {
                 let kv = KvConfig { page_size, num_pages };
                 let model = Llama::new(Arc::clone(weights), kv, num_threads, &self.name, digest);
-                let model = model.map_err(|source| LoadError::Model { name: self.name.clone(), source })?;
+                let model = model.map_err(|source| LoadError::Model {
+                    name: self.name.clone(),
+                    source: Box::new(source),
+                })?;
                 Ok(Box::new(model))
             }
         }

@@ -228,6 +228,7 @@ pub fn write<'scope>(
     shared: &Shared,
 ) -> StreamVec<'scope, Epoch, ()> {
     let epochs = Arc::clone(&shared.epochs);
+    let counters = Arc::clone(&shared.counters);
     let worker = documents.scope().worker();
     documents.binary_frontier::<_, CapacityContainerBuilder<Vec<()>>, _, _, _, _>(
         errors,
@@ -245,12 +246,14 @@ pub fn write<'scope>(
                 documents.for_each(|capability, rows| {
                     let Some(capability) = capability.retain_least(0) else { return };
                     let epoch = arrived.entry(*capability.time()).or_default();
+                    Counters::add(&counters.arrived, rows.len() as u64);
                     epoch.documents.append(rows);
                     epoch.capability.get_or_insert(capability);
                 });
                 errors.for_each(|capability, rows| {
                     let Some(capability) = capability.retain_least(0) else { return };
                     let epoch = arrived.entry(*capability.time()).or_default();
+                    Counters::add(&counters.arrived, rows.len() as u64);
                     epoch.errors.append(rows);
                     epoch.capability.get_or_insert(capability);
                 });

@@ -66,7 +66,7 @@ fn zoo() -> RecordBatch {
     let numbers: Vec<_> = (0..n as i64).map(|i| (i % 5 != 3).then_some(i * 1_000_003)).collect();
     let item = |data_type| Arc::new(Field::new_list_field(data_type, true));
     let lengths = || OffsetBuffer::<i32>::from_lengths((0..n).map(|i| if null(i) { 0 } else { i % 4 }));
-    let total = *lengths().last();
+    let total = lengths().last();
     let leaf: ArrayRef = Arc::new(Int32Array::from_iter((0..total).map(|i| (i % 6 != 1).then_some(i))));
     let list = ListArray::new(item(DataType::Int32), lengths(), leaf, nulls());
     let inner = StructArray::new(
@@ -80,9 +80,9 @@ fn zoo() -> RecordBatch {
     let ones = OffsetBuffer::<i32>::from_lengths((0..n).map(|_| 1));
     let messages = ListArray::new(item(inner.data_type().clone()), ones, Arc::new(inner.clone()), None);
     let mut map = MapBuilder::new(None, StringBuilder::new(), Int64Builder::new());
-    for i in 0..n {
+    for (i, number) in numbers.iter().enumerate() {
         map.keys().append_value(format!("k{i}"));
-        map.values().append_option(numbers[i]);
+        map.values().append_option(*number);
         map.append(true).unwrap();
     }
     let decimals = || Decimal128Array::from_iter(numbers.iter().map(|v| v.map(i128::from)));
@@ -118,7 +118,7 @@ fn zoo() -> RecordBatch {
     ];
     let with_note = |(name, column): &(&str, ArrayRef)| {
         let note = ("note".to_owned(), format!("about {name}"));
-        Field::new(*name, column.data_type().clone(), true).with_metadata([note].into())
+        Field::new(*name, column.data_type().clone(), true).with_metadata([note])
     };
     let schema = Schema::new(columns.iter().map(with_note).collect::<Vec<_>>());
     RecordBatch::try_new(Arc::new(schema), columns.into_iter().map(|(_, column)| column).collect()).unwrap()

@@ -7,7 +7,7 @@ use arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
 use arrow::compute::{concat_batches, take_record_batch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
-use arrow::json::LineDelimitedWriter;
+use arrow::json::writer::{LineDelimited, WriterBuilder};
 use arrow::record_batch::RecordBatch;
 use tidemill_operators::document::{Document, Generated, Payload, RecordError};
 
@@ -121,7 +121,7 @@ fn payload(payload: &Payload) -> String {
     };
     let row = document.batch().slice(document.index(), 1);
     let mut bytes = Vec::new();
-    let mut writer = LineDelimitedWriter::new(&mut bytes);
+    let mut writer = WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(&mut bytes);
     let written = writer.write(&row).and_then(|()| writer.finish());
     drop(writer);
     let mut value: serde_json::Value = match written {
