@@ -38,6 +38,11 @@ fn output(pipeline: &Pipeline, name: &str) -> String {
     text.replace(pipeline.folder.path().to_str().unwrap(), "FOLDER")
 }
 
+fn first_difference(lines: Option<(&str, &str)>) -> String {
+    let cut = |line: &str| line.chars().take(300).collect::<String>();
+    lines.map_or(String::new(), |(got, want)| format!("\n got {}\nwant {}", cut(got), cut(want)))
+}
+
 #[test]
 fn golden_pipelines_give_what_they_gave() {
     for case in folders("tests/pipelines") {
@@ -51,7 +56,10 @@ fn golden_pipelines_give_what_they_gave() {
                     fs::write(&expected, &got).unwrap();
                 }
                 let want = fs::read_to_string(&expected).unwrap();
-                assert_eq!(got, want, "{} with {workers} workers: {name}", case.display());
+                let differs = got.lines().zip(want.lines()).find(|(got, want)| got != want);
+                let place = format!("{} with {workers} workers: {name}", case.display());
+                assert!(differs.is_none(), "{place}: {}", first_difference(differs));
+                assert_eq!(got.lines().count(), want.lines().count(), "{place}: rows");
             }
         }
     }
