@@ -4,7 +4,7 @@
 //! read means that the file was changed from outside, and nothing is guessed.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,8 @@ const MAX_BYTES: u64 = 1 << 30;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Header {
     pub format: u32,
+    /// Where the errors go, seen from the folder of the manifest: recovery cuts and removes there.
+    pub errors: PathBuf,
     pub definition: Value,
     pub inputs: Vec<InputFile>,
 }
@@ -108,10 +110,26 @@ impl Manifest {
         Ok(())
     }
 
+    /// The header of a manifest whose commits may be unreadable.
+    pub fn read_header(path: &Path) -> Option<Header> {
+        let mut line = Vec::new();
+        let mut file = BufReader::new(File::open(path).ok()?.take(MAX_BYTES));
+        file.read_until(b'\n', &mut line).ok()?;
+        match serde_json::from_slice(&line).ok()? {
+            Line::Header(header) => Some(header),
+            Line::Commit(_) | Line::Finished {} => None,
+        }
+    }
+
     /// Begins an empty manifest.
-    pub fn begin(&mut self, definition: Value, inputs: Vec<InputFile>) -> Result<(), ManifestError> {
+    pub fn begin(
+        &mut self,
+        definition: Value,
+        inputs: Vec<InputFile>,
+        errors: PathBuf,
+    ) -> Result<(), ManifestError> {
         assert!(self.header.is_none(), "begun already");
-        let header = Header { format: FORMAT, definition, inputs };
+        let header = Header { format: FORMAT, errors, definition, inputs };
         self.append(&Line::Header(header.clone()))?;
         self.header = Some(header);
         Ok(())

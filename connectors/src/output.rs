@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::jsonl::JsonlSink;
 use crate::manifest::{Commit, Manifest, ManifestError};
 use crate::parquet::ParquetSink;
-use crate::sink::{Part, Sink, SinkError};
+use crate::sink::{Part, Sink, SinkError, sync_folder};
 use crate::source::{InputFile, Position};
 
 const MANIFEST: &str = "manifest.jsonl";
@@ -66,13 +66,14 @@ pub struct Output {
     sink: Box<dyn Sink>,
     errors: Box<dyn Sink>,
     state: Option<State>,
+    /// A write or a commit went wrong, so what is staged is unknown: only opening anew can tell.
+    failed: bool,
+    _locks: Vec<File>,
 }
 
 struct State {
     folder: PathBuf,
     manifest: Manifest,
-    /// Holds the lock.
-    _lock: File,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -80,15 +81,31 @@ pub enum OutputError {
     #[error(transparent)]
     Sink(#[from] SinkError),
     #[error(transparent)]
-    Manifest(#[from] ManifestError),
+    Manifest(ManifestError),
     #[error("output {path} is in use by another run")]
     Locked { path: PathBuf },
     #[error("output {path} was made by another definition: {changes}")]
     DefinitionChanged { path: PathBuf, changes: String },
     #[error("input {input} has changed since output {path} was begun")]
     InputsChanged { path: PathBuf, input: PathBuf },
+    #[error("errors of output {path} went to {before} and would now go to {now}")]
+    ErrorsMoved { path: PathBuf, before: PathBuf, now: PathBuf },
+    #[error("results and errors have the same path {path}")]
+    SamePath { path: PathBuf },
+    #[error("output failed before and takes nothing more until it is opened anew")]
+    Failed,
     #[error("output {path} is there already and no manifest tells where it is from")]
     Occupied { path: PathBuf },
+}
+
+impl From<ManifestError> for OutputError {
+    /// A manifest that cannot be written is a matter of the disk, like any file of the output.
+    fn from(error: ManifestError) -> Self {
+        match error {
+            ManifestError::Io { action, path, source } => SinkError::io(action, &path, source).into(),
+            ManifestError::Corrupt { .. } => Self::Manifest(error),
+        }
+    }
 }
 
 impl OutputError {
@@ -106,6 +123,11 @@ impl OutputError {
                 "bring the input back to go on, give the sink another path, or start anew with --force"
                     .to_owned()
             }
+            Self::ErrorsMoved { .. } => {
+                "put the errors where they were, or give the sink another path".to_owned()
+            }
+            Self::SamePath { .. } => "give the errors a path of their own".to_owned(),
+            Self::Failed => "run again: what was committed is kept".to_owned(),
             Self::Occupied { .. } => "move it away, or give the sink another path".to_owned(),
         })
     }
@@ -161,17 +183,37 @@ impl Output {
     ) -> Result<(Self, Resume), OutputError> {
         let path = spec.sink.path();
         let Some(folder) = spec.sink.state_folder() else {
-            let (sink, errors) = (spec.sink.open(spec.output_schema)?, spec.errors.open(spec.errors_schema)?);
-            return Ok((Self { sink, errors, state: None }, Resume::Fresh));
+            let sink = spec.sink.open(spec.output_schema)?;
+            let mut errors = spec.errors.open(spec.errors_schema)?;
+            let locks = Vec::from_iter(lock_target(&spec.errors)?);
+            if let Some(path) = errors.occupied()? {
+                return Err(OutputError::Occupied { path });
+            }
+            errors.recover(&[])?;
+            return Ok((Self { sink, errors, state: None, failed: false, _locks: locks }, Resume::Fresh));
         };
         fs::create_dir_all(&folder).map_err(|source| SinkError::io("create", &folder, source))?;
-        let lock = lock(&folder, &path)?;
+        let mut locks = vec![lock(&folder, &path)?];
         let mut sink = spec.sink.open(spec.output_schema)?;
         let mut errors = spec.errors.open(spec.errors_schema)?;
+        if seen_from(&folder, &path) == seen_from(&folder, &spec.errors.path()) {
+            return Err(OutputError::SamePath { path });
+        }
+        locks.extend(lock_target(&spec.sink)?);
+        locks.extend(lock_target(&spec.errors)?);
+        let errors_path = seen_from(&folder, &spec.errors.path());
+        let now = inputs.iter().map(|input| InputFile { path: seen_from(&folder, &input.path), ..*input });
+        let now: Vec<InputFile> = now.collect();
         let has_manifest = fs::metadata(folder.join(MANIFEST)).is_ok_and(|file| file.len() > 0);
         if force && has_manifest {
+            // Errors are only ours to remove where the manifest says that they went.
+            let before = Manifest::read_header(&folder.join(MANIFEST));
+            if before.is_some_and(|header| header.errors == errors_path) {
+                errors.recover(&[])?;
+            } else if let Some(path) = errors.occupied()? {
+                return Err(OutputError::Occupied { path });
+            }
             sink.recover(&[])?;
-            errors.recover(&[])?;
             clear(&folder)?;
         }
         let mut manifest = Manifest::open(&folder.join(MANIFEST))?;
@@ -180,43 +222,40 @@ impl Output {
                 if let Some(path) = sink.occupied()?.or(errors.occupied()?) {
                     return Err(OutputError::Occupied { path });
                 }
-                manifest.begin(definition.clone(), inputs.to_vec())?;
+                manifest.begin(definition.clone(), now, errors_path)?;
+                for made in [&folder, &path, &spec.errors.path()] {
+                    sync_parents(made)?;
+                }
             }
             Some(header) => {
                 let changes = changes(&header.definition, definition);
                 if !changes.is_empty() {
                     return Err(OutputError::DefinitionChanged { path, changes });
                 }
-                if let Some(input) = changed_input(&header.inputs, inputs) {
+                if header.errors != errors_path {
+                    let before = folder.join(&header.errors);
+                    return Err(OutputError::ErrorsMoved { path, before, now: spec.errors.path() });
+                }
+                if let Some(index) = changed_input(&header.inputs, &now) {
+                    let before = || folder.join(&header.inputs[index].path);
+                    let input = inputs.get(index).map_or_else(before, |input| input.path.clone());
                     return Err(OutputError::InputsChanged { path, input });
                 }
             }
         }
-        let parts = |part: fn(&Commit) -> &Option<Part>| -> Vec<Part> {
-            manifest.commits.iter().filter_map(|commit| part(commit).clone()).collect()
-        };
-        let (output_parts, error_parts) = (parts(|commit| &commit.output), parts(|commit| &commit.errors));
-        sink.recover(&output_parts)?;
-        errors.recover(&error_parts)?;
-        let count = |parts: &[Part]| parts.iter().map(|part| part.rows).sum();
-        let (rows, num_errors) = (count(&output_parts), count(&error_parts));
-        let resume = match manifest.commits.last() {
-            _ if manifest.finished => Resume::Finished { rows, errors: num_errors },
-            Some(last) => Resume::Continue { position: last.position, rows, errors: num_errors },
-            None => Resume::Fresh,
-        };
-        let state = State { folder, manifest, _lock: lock };
-        Ok((Self { sink, errors, state: Some(state) }, resume))
+        let resume = recover(&manifest, sink.as_mut(), errors.as_mut())?;
+        let state = State { folder, manifest };
+        Ok((Self { sink, errors, state: Some(state), failed: false, _locks: locks }, resume))
     }
 
     /// Stages results.
     pub fn write(&mut self, rows: &RecordBatch) -> Result<(), OutputError> {
-        Ok(self.sink.write(rows)?)
+        self.attempt(|output| Ok(output.sink.write(rows)?))
     }
 
     /// Stages errors.
     pub fn write_errors(&mut self, rows: &RecordBatch) -> Result<(), OutputError> {
-        Ok(self.errors.write(rows)?)
+        self.attempt(|output| Ok(output.errors.write(rows)?))
     }
 
     pub fn staged_rows(&self) -> u64 {
@@ -229,6 +268,10 @@ impl Output {
 
     /// Commits all that is staged; `position` is where it ends in the input.
     pub fn commit(&mut self, position: Position) -> Result<(), OutputError> {
+        self.attempt(|output| output.commit_staged(position))
+    }
+
+    fn commit_staged(&mut self, position: Position) -> Result<(), OutputError> {
         let output = self.sink.prepare()?;
         let errors = self.errors.prepare()?;
         if let Some(state) = &mut self.state {
@@ -245,15 +288,74 @@ impl Output {
     /// Says that the input was used up; nothing may be staged.
     pub fn finish(&mut self) -> Result<(), OutputError> {
         assert_eq!(self.staged_rows(), 0, "finished with rows that are not committed");
-        if let Some(state) = &mut self.state {
-            state.manifest.finish()?;
+        self.attempt(|output| match &mut output.state {
+            Some(state) => Ok(state.manifest.finish()?),
+            None => Ok(()),
+        })
+    }
+
+    fn attempt(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<(), OutputError>,
+    ) -> Result<(), OutputError> {
+        if self.failed {
+            return Err(OutputError::Failed);
         }
-        Ok(())
+        let result = work(self);
+        self.failed = result.is_err();
+        result
     }
 
     /// Where a run may keep what it needs to go on; `None` if it cannot.
     pub fn state_dir(&self) -> Option<&Path> {
         self.state.as_ref().map(|state| state.folder.as_path())
+    }
+}
+
+/// Shows what the manifest holds, removes the rest, and tells where to go on.
+fn recover(manifest: &Manifest, sink: &mut dyn Sink, errors: &mut dyn Sink) -> Result<Resume, OutputError> {
+    let parts = |part: fn(&Commit) -> &Option<Part>| -> Vec<Part> {
+        manifest.commits.iter().filter_map(|commit| part(commit).clone()).collect()
+    };
+    let (output_parts, error_parts) = (parts(|commit| &commit.output), parts(|commit| &commit.errors));
+    sink.recover(&output_parts)?;
+    errors.recover(&error_parts)?;
+    let count = |parts: &[Part]| parts.iter().map(|part| part.rows).sum();
+    let (rows, num_errors) = (count(&output_parts), count(&error_parts));
+    Ok(match manifest.commits.last() {
+        _ if manifest.finished => Resume::Finished { rows, errors: num_errors },
+        Some(last) => Resume::Continue { position: last.position, rows, errors: num_errors },
+        None => Resume::Fresh,
+    })
+}
+
+/// A path as seen from a folder, so that neither the current folder nor a move of the whole tree matters.
+/// What is no file (a stream) is left as it is.
+fn seen_from(folder: &Path, path: &Path) -> PathBuf {
+    let (Ok(folder), Ok(path)) = (fs::canonicalize(folder), fs::canonicalize(path)) else {
+        return path.to_owned();
+    };
+    let common = folder.components().zip(path.components()).take_while(|(a, b)| a == b).count();
+    let up = folder.components().skip(common).map(|_| Component::ParentDir);
+    up.chain(path.components().skip(common)).collect()
+}
+
+/// The new entries of two levels of folders: a path of ours makes up to two folders.
+fn sync_parents(path: &Path) -> Result<(), SinkError> {
+    for folder in path.ancestors().skip(1).take(2).filter(|folder| folder.is_dir()) {
+        sync_folder(folder)?;
+    }
+    Ok(())
+}
+
+/// Keeps others from the files of a sink, whatever manifest they go by. Some network file systems cannot lock
+/// folders; the lock of the state folder stands there alone.
+fn lock_target(sink: &SinkSpec) -> Result<Option<File>, OutputError> {
+    let path = sink.path();
+    let Some(file) = sink.state_folder().and_then(|_| File::open(&path).ok()) else { return Ok(None) };
+    match file.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => Err(OutputError::Locked { path }),
+        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(Some(file)),
     }
 }
 
@@ -279,10 +381,8 @@ fn clear(folder: &Path) -> Result<(), SinkError> {
     fs::remove_file(folder.join(MANIFEST)).map_err(fail)
 }
 
-fn changed_input(before: &[InputFile], now: &[InputFile]) -> Option<PathBuf> {
-    let differs = before.iter().zip(now).find(|(before, now)| before != now);
-    let missing = || before.get(now.len()).or_else(|| now.get(before.len()));
-    differs.map(|(before, _)| before).or_else(missing).map(|input| input.path.clone())
+fn changed_input(before: &[InputFile], now: &[InputFile]) -> Option<usize> {
+    (0..before.len().max(now.len())).find(|&index| before.get(index) != now.get(index))
 }
 
 /// The first differences of two definitions, as `steps[0].generate.max_tokens was 8 and is 9`.

@@ -34,7 +34,9 @@ impl JsonlSink {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(|source| SinkError::io("create", folder, source))?;
         }
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+        // A pipe must be opened for writing alone: with a reading end of our own it would never be seen broken.
+        let is_stream = path.exists() && !path.is_file();
+        let file = OpenOptions::new().write(true).create(!is_stream).truncate(false).open(path);
         let file = file.map_err(|source| SinkError::io("open", path, source))?;
         let is_file = file.metadata().map_err(|source| SinkError::io("open", path, source))?.is_file();
         let target = if is_file { Target::File(file) } else { Target::Stream(Box::new(file)) };

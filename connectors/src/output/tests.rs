@@ -1,3 +1,5 @@
+mod safety;
+
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, Int64Array};

@@ -3,6 +3,7 @@
 //! A part is written under a hidden temporary name and renamed when it is committed, so whoever reads
 //! `part-*.parquet` never sees rows that may be taken back.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -81,6 +82,9 @@ fn is_ours(name: &str) -> bool {
 
 impl Sink for ParquetSink {
     fn write(&mut self, rows: &RecordBatch) -> Result<(), SinkError> {
+        if rows.num_rows() == 0 {
+            return Ok(());
+        }
         let path = self.temporary(&self.part_name());
         self.writer()?.write(rows).map_err(|source| SinkError::encode(&path, source.into()))?;
         self.staged_rows += rows.num_rows() as u64;
@@ -123,9 +127,15 @@ impl Sink for ParquetSink {
     fn recover(&mut self, committed: &[Part]) -> Result<(), SinkError> {
         for part in committed {
             self.publish(part)?;
+            let path = self.folder.join(&part.name);
+            let found = fs::metadata(&path).map_err(|source| SinkError::io("read", &path, source))?.len();
+            if found != part.bytes {
+                return Err(SinkError::Shortened { path, found, committed: part.bytes });
+            }
         }
+        let kept: BTreeSet<&str> = committed.iter().map(|part| part.name.as_str()).collect();
         for name in self.files()? {
-            if !committed.iter().any(|part| part.name == name) {
+            if !kept.contains(name.as_str()) {
                 let path = self.folder.join(&name);
                 fs::remove_file(&path).map_err(|source| SinkError::io("remove", &path, source))?;
             }
@@ -137,6 +147,8 @@ impl Sink for ParquetSink {
     }
 
     fn occupied(&self) -> Result<Option<PathBuf>, SinkError> {
-        Ok(self.files()?.first().map(|name| self.folder.join(name)))
+        // A temporary file was never shown to anyone.
+        let is_part = |name: &&String| !name.starts_with('.');
+        Ok(self.files()?.iter().find(is_part).map(|name| self.folder.join(name)))
     }
 }
