@@ -44,8 +44,32 @@ impl Failure {
         self.message.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
     }
 
+    /// Reports a panic of the thread that drops it, so that nobody waits for that thread.
+    pub fn watch(&self, thread: &'static str) -> Watch {
+        Watch { failure: self.clone(), thread }
+    }
+
     pub fn get(&self) -> Option<String> {
         self.message.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// See [`Failure::watch`].
+#[derive(Debug)]
+pub struct Watch {
+    failure: Failure,
+    thread: &'static str,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the {0} thread panicked, which is a bug: please report it with the message above")]
+struct Panicked(&'static str);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.failure.fail(&Panicked(self.thread));
+        }
     }
 }
 
@@ -126,5 +150,26 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_a_failure_and_the_first_failure_stands() {
+        let failure = Failure::default();
+        let watched = failure.clone();
+        let thread = std::thread::spawn(move || {
+            let _watch = watched.watch("engine");
+            panic!("a bug");
+        });
+        assert!(thread.join().is_err());
+        failure.fail(&Panicked("later"));
+        assert!(failure.get().is_some_and(|message| message.starts_with("the engine thread panicked")));
+        let calm = Failure::default();
+        drop(calm.watch("engine"));
+        assert_eq!(calm.get(), None);
     }
 }

@@ -11,8 +11,7 @@ use tidemill_connectors::source::{Source, SourceError};
 use tidemill_operators::batch::Batch;
 use tidemill_operators::document::{Document, DocumentId};
 use tidemill_operators::group::window::distinct_tokens;
-use tidemill_operators::template::Template;
-use tidemill_operators::tokenize::{PromptBuilder, TextModel};
+use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::models::load::{LoadError, load};
 use crate::plan::{Checked, GeneratePlan, Plan};
@@ -87,7 +86,13 @@ pub fn explain(
     let mut counts: Vec<Option<StepCount>> = plan
         .steps
         .iter()
-        .map(|step| step.uses.is_empty().then(|| StepCount::new(step, Arc::clone(&engines.text))))
+        .map(|step| {
+            step.uses.is_empty().then(|| StepCount {
+                builder: step.builder(&engines.text),
+                prompts: Vec::new(),
+                errors: 0,
+            })
+        })
         .collect();
     read(source.as_mut(), &mut explanation, &mut counts)?;
     explanation.steps = plan
@@ -124,19 +129,6 @@ struct StepCount {
 }
 
 impl StepCount {
-    fn new(step: &GeneratePlan, model: Arc<TextModel>) -> Self {
-        let compile = |source: &str| Template::new(source).expect("compiled once when the plan was checked");
-        let builder = PromptBuilder {
-            step: Arc::clone(&step.name),
-            model,
-            system: step.system.as_deref().map(compile),
-            prompt: compile(&step.prompt),
-            max_tokens: step.max_tokens,
-            sampling: step.sampling,
-        };
-        Self { builder, prompts: Vec::new(), errors: 0 }
-    }
-
     fn add(&mut self, document: Document) {
         match self.builder.build(document) {
             Ok(prompt) => self.prompts.push(prompt.token_ids),

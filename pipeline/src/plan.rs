@@ -15,6 +15,7 @@ use tidemill_connectors::parquet::ParquetSource;
 use tidemill_connectors::source::{BatchLimits, Source, SourceError};
 use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::template::Template;
+use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
 use crate::models::catalogue::{ModelRef, resolve};
 use crate::spec::{
@@ -54,7 +55,8 @@ pub struct Plan {
     pub fingerprint: Value,
 }
 
-#[derive(Debug)]
+/// One `generate` step.
+#[derive(Clone, Debug)]
 pub struct GeneratePlan {
     pub name: Arc<str>,
     pub system: Option<String>,
@@ -139,6 +141,21 @@ impl Plan {
             fields.extend(step_fields(&step.name).map(Arc::new));
         }
         Arc::new(Schema::new_with_metadata(fields, self.input_schema.metadata().clone()))
+    }
+}
+
+impl GeneratePlan {
+    /// Compiles the templates; every worker has its own.
+    pub fn builder(&self, model: &Arc<TextModel>) -> PromptBuilder {
+        let compile = |source: &str| Template::new(source).expect("compiled once when the plan was checked");
+        PromptBuilder {
+            step: Arc::clone(&self.name),
+            model: Arc::clone(model),
+            system: self.system.as_deref().map(compile),
+            prompt: compile(&self.prompt),
+            max_tokens: self.max_tokens,
+            sampling: self.sampling,
+        }
     }
 }
 

@@ -14,7 +14,6 @@ use tidemill_operators::infer::Failure;
 use tidemill_operators::infer::engine::{Engine, EngineStats};
 use tidemill_operators::infer::runner::{Runner, RunnerContext};
 use tidemill_operators::journal::{Journal, JournalError};
-use tidemill_operators::template::Template;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
 use crate::clock::Clock;
@@ -98,11 +97,14 @@ pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> 
         (output, Resume::Fresh) => (output, SinkReport::default()),
         (output, Resume::Continue { position, rows, errors }) => {
             source.seek(position)?;
-            eprintln!("continuing after {rows} rows and {errors} errors");
+            if options.progress {
+                eprintln!("continuing after {rows} rows and {errors} errors");
+            }
             (output, SinkReport { rows, errors, ..SinkReport::default() })
         }
     };
-    let journal = output.state_dir().map(|folder| Journal::open(&folder.join(JOURNAL))).transpose()?;
+    let journal_path = output.state_dir().map(|folder| folder.join(JOURNAL));
+    let journal = journal_path.as_deref().map(Journal::open).transpose()?;
     let loaded = load(&plan, &|what| eprintln!("{what} …"))?;
     let engines = loaded.engines(&plan.engine, options.num_workers)?;
     let shared = share(&plan, journal, options);
@@ -124,7 +126,12 @@ pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> 
     let ends = Ends { engines, source, sink };
     let stats = execute(&plan, &shared, ends, options.num_workers)?;
     drop(progress);
-    let report = sink_thread.join().map_err(|_| RunError::Worker("the sink's thread panicked".to_owned()))?;
+    // A panic there was reported as a failure already.
+    let report = sink_thread.join().unwrap_or_default();
+    if let Some(path) = journal_path.filter(|_| report.finished) {
+        // All answers are in the output now. What is left behind costs space and nothing else.
+        let _ = std::fs::remove_file(path);
+    }
     Counters::add(&shared.counters.preemptions, stats.iter().map(|stats| stats.preemptions).sum());
     conclude(&shared, report, clock)
 }
@@ -200,7 +207,7 @@ fn execute(
         .into_iter()
         .map(|engine| Mutex::new(Some(WorkerPart { engine, ends: first.take() })))
         .collect();
-    let steps: Vec<StepTemplate> = plan.steps.iter().map(StepTemplate::new).collect();
+    let steps = plan.steps.clone();
     let shared = shared.clone();
     let guards = timely::execute(timely::Config::process(num_workers), move |worker| {
         let part = parts[worker.index()].lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -214,7 +221,8 @@ fn execute(
         stats.push(result.map_err(RunError::Worker)??);
     }
     for thread in reading.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-        thread.join().map_err(|_| RunError::Worker("the source's thread panicked".to_owned()))?;
+        // A panic there was reported as a failure already.
+        let _ = thread.join();
     }
     Ok(stats)
 }
@@ -233,6 +241,7 @@ fn drive(
         failure: shared.failure.clone(),
         cancel: Arc::clone(&shared.stop),
     };
+    let _watch = shared.failure.watch("worker");
     let (runner, handle) = Runner::start(part.engine, context)?;
     let (input, output) = part.ends.unzip();
     let dataflow = worker.next_dataflow_index();
@@ -244,39 +253,6 @@ fn drive(
     // Ends the operators, and with them the threads that they feed.
     worker.drop_dataflow(dataflow);
     Ok(runner.join())
-}
-
-/// A step's templates as text: every worker compiles its own.
-struct StepTemplate {
-    name: Arc<str>,
-    system: Option<String>,
-    prompt: String,
-    max_tokens: u32,
-    sampling: tidemill_kernels::step::SamplingParams,
-}
-
-impl StepTemplate {
-    fn new(step: &crate::plan::GeneratePlan) -> Self {
-        Self {
-            name: Arc::clone(&step.name),
-            system: step.system.clone(),
-            prompt: step.prompt.clone(),
-            max_tokens: step.max_tokens,
-            sampling: step.sampling,
-        }
-    }
-
-    fn builder(&self, text: &Arc<TextModel>) -> PromptBuilder {
-        let compile = |source: &str| Template::new(source).expect("compiled once when the plan was checked");
-        PromptBuilder {
-            step: Arc::clone(&self.name),
-            model: Arc::clone(text),
-            system: self.system.as_deref().map(compile),
-            prompt: compile(&self.prompt),
-            max_tokens: self.max_tokens,
-            sampling: self.sampling,
-        }
-    }
 }
 
 /// Asks a run to end; the second time, ends the process.

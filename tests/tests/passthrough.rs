@@ -1,5 +1,6 @@
 //! Every column type passes through a pipeline unchanged, nested ones and nulls too, and row groups are
 //! streamed: memory does not grow with the file.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::fs;
 use std::sync::Arc;

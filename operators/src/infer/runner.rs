@@ -90,10 +90,12 @@ impl Runner {
         let (work, queue) = channel();
         let (done, answers) = channel();
         let (journal_context, failure) = (context.clone(), context.failure.clone());
-        let journal = std::thread::Builder::new()
-            .name("journal".to_owned())
-            .spawn(move || write_journal(&answers, &journal_context))?;
+        let journal = std::thread::Builder::new().name("journal".to_owned()).spawn(move || {
+            let _watch = journal_context.failure.watch("journal");
+            write_journal(&answers, &journal_context);
+        })?;
         let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+            let _watch = failure.watch("engine");
             let mut driver = Driver { engine, context, open: BTreeMap::new(), next_id: 0, done };
             if let Err(error) = driver.run(&queue) {
                 failure.fail(&error);
@@ -104,9 +106,11 @@ impl Runner {
     }
 
     /// Waits for both threads; all handles must be dropped before.
+    ///
+    /// A panic in one of them was reported as a failure already.
     pub fn join(self) -> EngineStats {
-        let stats = self.engine.join().expect("the engine's thread does not panic");
-        self.journal.join().expect("the journal's thread does not panic");
+        let stats = self.engine.join().unwrap_or_default();
+        let _ = self.journal.join();
         stats
     }
 }
@@ -149,7 +153,7 @@ impl Driver {
             while let Ok(work) = queue.try_recv() {
                 self.submit(work)?;
             }
-            if self.context.cancel.load(Ordering::Acquire) {
+            if self.context.cancel.load(Ordering::Acquire) || self.context.failure.get().is_some() {
                 return Ok(());
             }
             let finished = self.engine.step()?;

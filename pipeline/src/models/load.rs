@@ -149,6 +149,7 @@ impl LoadedModel {
             digest: engines[0].model_info().digest.clone(),
             max_seq_len: engines[0].max_seq_len(),
         };
+        tracing::info!(model = self.name, num_workers, num_threads, num_pages, "engines are ready");
         let kv_tokens = u64::from(num_pages) * u64::from(plan.page_size);
         Ok(Engines { engines, text: Arc::new(text), kv_tokens })
     }

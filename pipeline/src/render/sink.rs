@@ -107,6 +107,7 @@ pub fn start(
         since: None,
     };
     let thread = std::thread::Builder::new().name("sink".to_owned()).spawn(move || {
+        let _watch = writer.shared.failure.watch("sink");
         if let Err(error) = writer.run(&queue) {
             writer.shared.failure.fail(&error);
         }
@@ -175,7 +176,10 @@ impl Writer {
         self.since.get_or_insert(self.clock.elapsed());
         let is_due =
             self.since.is_some_and(|since| self.clock.elapsed() - since >= self.limits.commit_interval);
+        // Whoever reads a stream waits for it.
+        let is_stream = self.output.state_dir().is_none();
         if is_due
+            || is_stream
             || self.output.staged_rows() >= self.limits.commit_rows
             || self.output.staged_bytes() >= MAX_STAGED_BYTES
         {

@@ -43,6 +43,7 @@ impl SourceThread {
         let (batches, queue) = sync_channel(MAX_BATCHES_AHEAD);
         let reported = failure.clone();
         let thread = std::thread::Builder::new().name("source".to_owned()).spawn(move || {
+            let _watch = failure.watch("source");
             pump(self.source.as_mut(), &batches, &operator, &failure);
             drop(batches);
             // Fails only when the worker is gone, and then nobody needs waking.
