@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::process::Child;
 use std::time::Duration;
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -14,6 +15,7 @@ use tidemill_tests::Pipeline;
 
 const DOCUMENTS: usize = 1500;
 const KILLS: u64 = 24;
+const DELAY: &str = "TIDEMILL_FAKE_DELAY_US";
 const ANSWERS: TableDefinition<'static, [u8; 32], &[u8]> = TableDefinition::new("answers");
 
 fn definition(sink: &str) -> String {
@@ -42,6 +44,13 @@ fn computed(pipeline: &Pipeline, log: &str) -> Vec<String> {
     let text = fs::read_to_string(pipeline.path(log)).unwrap();
     let keys = text.lines().filter_map(|line| line.split("key=").nth(1)?.split_whitespace().next());
     keys.map(str::to_owned).collect()
+}
+
+/// Waits until a run has begun so many prompts.
+fn await_computed(pipeline: &Pipeline, log: &str, count: usize, child: &mut Child) {
+    while computed(pipeline, log).len() < count && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Keys that the journal holds.
@@ -92,8 +101,8 @@ fn kill_until_done(sink: &str, state: &str, is_parquet: bool, seed: u64) {
     assert_eq!(expected.results.len() + expected.errors.len(), DOCUMENTS);
 
     let mut pipeline = pipeline(sink);
-    // A whole run takes some seconds; a kill comes after up to 600 ms.
-    pipeline.env.push(("TIDEMILL_FAKE_DELAY_US", "60".to_owned()));
+    // So slow that all the time between the kills is too short for the whole input.
+    pipeline.env.push((DELAY, "200".to_owned()));
     let mut state_of_random = seed;
     let mut before = BTreeSet::new();
     let mut total = BTreeSet::new();
@@ -102,7 +111,14 @@ fn kill_until_done(sink: &str, state: &str, is_parquet: bool, seed: u64) {
         state_of_random = state_of_random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         let log = format!("run-{kill}.log");
         let mut child = pipeline.start(&["run", "--quiet"], &log);
-        std::thread::sleep(Duration::from_millis(20 + (state_of_random >> 33) % 400));
+        let random = state_of_random >> 33;
+        if kill % 2 == 0 {
+            std::thread::sleep(Duration::from_millis(random % 300));
+        } else {
+            // Engines are handed 64 prompts at a time: beyond that, some are answered.
+            await_computed(&pipeline, &log, 64 + random as usize % 60, &mut child);
+        }
+        assert!(child.try_wait().unwrap().is_none(), "seed {seed}: the run was over at kill {kill}");
         child.kill().unwrap();
         child.wait().unwrap();
         let keys = computed(&pipeline, &log);
@@ -115,7 +131,7 @@ fn kill_until_done(sink: &str, state: &str, is_parquet: bool, seed: u64) {
         total.extend(keys);
     }
     assert!(kills_with_progress > 3, "seed {seed}: the kills came before any work was done");
-    assert!(before.len() < DOCUMENTS, "seed {seed}: the run was over before the last kill");
+    pipeline.env.retain(|(key, _)| *key != DELAY);
     let log = "last.log";
     assert!(
         pipeline.start(&["run", "--quiet"], log).wait().unwrap().success(),
@@ -148,16 +164,16 @@ fn killed_runs_lose_nothing_and_compute_nothing_twice_in_jsonl() {
 #[test]
 fn an_interrupted_run_keeps_what_is_finished() {
     let mut pipeline = pipeline("jsonl: { path: out/results.jsonl }");
-    pipeline.env.push(("TIDEMILL_FAKE_DELAY_US", "60".to_owned()));
+    pipeline.env.push((DELAY, "200".to_owned()));
     let mut child = pipeline.start(&["run"], "first.log");
-    std::thread::sleep(Duration::from_millis(1500));
+    await_computed(&pipeline, "first.log", 100, &mut child);
     let status = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(status.success());
     assert_eq!(child.wait().unwrap().code(), Some(130));
     let kept = pipeline.jsonl("out/results.jsonl").len();
     let known = journaled(&pipeline, "out/results.jsonl.tidemill");
     assert!(!known.is_empty() && known.len() < DOCUMENTS, "{} answers", known.len());
-    pipeline.env.retain(|(key, _)| *key != "TIDEMILL_FAKE_DELAY_US");
+    pipeline.env.retain(|(key, _)| *key != DELAY);
     assert!(pipeline.start(&["run", "--quiet"], "second.log").wait().unwrap().success());
     assert!(computed(&pipeline, "second.log").iter().all(|key| !known.contains(key)));
     let rows = pipeline.jsonl("out/results.jsonl");
