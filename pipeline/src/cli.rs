@@ -1,5 +1,7 @@
 //! The command line: what it takes, and what each command prints.
 
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -9,8 +11,8 @@ use clap_complete::Shell;
 use tidemill_kernels::gguf::Gguf;
 
 use crate::explain::{ExplainError, explain, graph};
-use crate::models::catalogue::{CATALOGUE, ModelRef, resolve};
-use crate::models::pull::{PullError, model_path, pull, verified};
+use crate::models::catalogue::{CATALOGUE, FAKE, ModelRef, resolve};
+use crate::models::pull::{PullError, pull, verified};
 use crate::plan::{Checked, check};
 use crate::run::{Outcome, RunError, RunOptions, run, stop_on_signal};
 use crate::spec::{Definition, SpecError};
@@ -167,15 +169,27 @@ pub fn execute(cli: Cli) -> Result<(), CliError> {
         Command::Run(args) => run_command(&args),
         Command::Check { file } => {
             let Checked { plan, .. } = checked(&file)?;
-            println!("{} is fine: {} steps, model {}", file.display(), plan.steps.len(), plan.model_name);
-            Ok(())
+            let (num_steps, model) = (plan.steps.len(), plan.model_name);
+            print(&format!("{} is fine: {num_steps} steps, model {model}\n", file.display()))
         }
         Command::Explain(args) => explain_command(&args),
         Command::Models(command) => models_command(command),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut script);
+            print(&String::from_utf8_lossy(&script))
         }
+    }
+}
+
+/// Prints to standard output; that nobody reads on is no error.
+fn print(text: &str) -> Result<(), CliError> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(source) if source.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(CliError::Write { path: "standard output".into(), source })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -218,48 +232,43 @@ fn run_command(args: &RunArgs) -> Result<(), CliError> {
 
 fn explain_command(args: &ExplainArgs) -> Result<(), CliError> {
     let checked = checked(&args.file)?;
-    if !args.json {
-        println!("{}", graph(&checked.plan));
-    }
+    let graph = graph(&checked.plan);
     let explanation = explain(checked, args.workers.into(), &|what| eprintln!("{what} …"))?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&explanation).expect("plain data"));
-    } else {
-        print!("{}", explanation.render());
+        let text = serde_json::to_string_pretty(&explanation).expect("plain data");
+        return print(&(text + "\n"));
     }
-    Ok(())
+    print(&format!("{graph}\n{}", explanation.render()))
 }
 
 fn models_command(command: ModelsCommand) -> Result<(), CliError> {
     match command {
-        ModelsCommand::List => {
-            for entry in CATALOGUE {
-                let here = if verified(entry).is_ok() { "here" } else { "not fetched" };
-                let size = entry.bytes / 1_000_000;
-                println!(
-                    "{:<24} {:<12} {size:>5} MB  {:<12} {}",
-                    entry.name, here, entry.license, entry.about
-                );
-            }
-            println!(
-                "{:<24} {:<12} {:>8}  {:<12} answers without weights, for trying a pipeline",
-                "fake", "built in", "", ""
-            );
-            Ok(())
-        }
+        ModelsCommand::List => print(&list()),
         ModelsCommand::Pull { name, force } => match model(&name)? {
             ModelRef::Catalogued(entry) => {
                 let path = pull(entry, force, &|what| eprintln!("{what} …"))?;
-                println!("{name} is at {}", path.display());
-                Ok(())
+                print(&format!("{name} is at {}\n", path.display()))
             }
-            ModelRef::Fake | ModelRef::File(_) => {
-                println!("{name} needs no fetching");
-                Ok(())
-            }
+            ModelRef::Fake | ModelRef::File(_) => print(&format!("{name} needs no fetching\n")),
         },
         ModelsCommand::Inspect { name } => inspect(&name),
     }
+}
+
+fn list() -> String {
+    let mut text = String::new();
+    for entry in CATALOGUE {
+        let here = if verified(entry).is_ok() { "here" } else { "not fetched" };
+        let size = entry.bytes / 1_000_000;
+        let _ = writeln!(
+            text,
+            "{:<24} {here:<12} {size:>5} MB  {:<12} {}",
+            entry.name, entry.license, entry.about
+        );
+    }
+    let about = "answers without weights, for trying a pipeline";
+    let _ = writeln!(text, "{FAKE:<24} {:<12} {:>8}  {:<12} {about}", "built in", "", "");
+    text
 }
 
 fn model(name: &str) -> Result<ModelRef, CliError> {
@@ -270,29 +279,29 @@ fn model(name: &str) -> Result<ModelRef, CliError> {
 }
 
 fn inspect(name: &str) -> Result<(), CliError> {
+    let mut text = String::new();
     let path = match model(name)? {
-        ModelRef::Fake => {
-            println!("fake is built in and has no file");
-            return Ok(());
-        }
+        ModelRef::Fake => return print("fake is built in and has no file\n"),
         ModelRef::Catalogued(entry) => {
-            println!("{:<24}{}", "about", entry.about);
-            println!("{:<24}{}", "license", entry.license);
-            println!("{:<24}{}", "sha256", entry.sha256);
-            verified(entry)?;
-            model_path(entry)?
+            let path = verified(entry)?;
+            let (about, license, sha256) = (entry.about, entry.license, entry.sha256);
+            let _ = writeln!(
+                text,
+                "{:<24}{about}\n{:<24}{license}\n{:<24}{sha256}",
+                "about", "license", "sha256"
+            );
+            path
         }
         ModelRef::File(path) => path,
     };
     let gguf = Gguf::open(&path)?;
-    println!("{:<24}{}", "file", path.display());
-    println!("{:<24}GGUF {}", "format", gguf.version);
+    let _ = writeln!(text, "{:<24}{}\n{:<24}GGUF {}", "file", path.display(), "format", gguf.version);
     for (key, value) in &gguf.metadata {
-        println!("{key:<48}{}", value.describe());
+        let _ = writeln!(text, "{key:<48}{}", value.describe());
     }
     for tensor in gguf.tensor_names() {
         let view = gguf.tensor(tensor)?;
-        println!("{tensor:<48}{:?} {:?}", view.dtype, view.shape);
+        let _ = writeln!(text, "{tensor:<48}{:?} {:?}", view.dtype, view.shape);
     }
-    Ok(())
+    print(&text)
 }

@@ -29,7 +29,9 @@ const DEFAULT_COMMIT_SECONDS: u64 = 10;
 const DEFAULT_CREDIT_DOCUMENTS: u64 = 4096;
 const DEFAULT_CREDIT_BYTES: u64 = 256 << 20;
 /// A source batch is at most this many rows and at most a quarter of the credit.
-const MAX_BATCH_ROWS: u64 = 256;
+///
+/// An epoch is written when all its documents are done, so large batches make results come late.
+const MAX_BATCH_ROWS: u64 = 64;
 const DEFAULT_KV_CACHE_MEMORY: u64 = 512 << 20;
 const DEFAULT_PAGE_SIZE: u32 = 16;
 const DEFAULT_MAX_NUM_SEQS: u32 = 32;
@@ -116,6 +118,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
     let input_schema = source.schema();
     let steps = steps(definition, &input_schema)?;
     let sink = sink(definition)?;
+    refuse_output_in_input(definition, &source_path, &sink)?;
     let fingerprint = fingerprint(definition, &steps);
     let plan = Plan {
         name: spec.name.value.clone(),
@@ -444,6 +447,24 @@ fn sink(definition: &Definition) -> Result<SinkPlan> {
         commit_rows: commit_rows.unwrap_or(DEFAULT_COMMIT_ROWS),
         commit_seconds: commit_seconds.unwrap_or(DEFAULT_COMMIT_SECONDS),
     })
+}
+
+/// Output in a folder that is read would be input of the next run.
+fn refuse_output_in_input(definition: &Definition, source: &Path, sink: &SinkPlan) -> Result<()> {
+    let target = match &definition.spec.sink {
+        SinkSpec::Parquet(target) | SinkSpec::Jsonl(target) => target,
+    };
+    for output in [&sink.target, &sink.errors] {
+        if let SinkTarget::Parquet { path } | SinkTarget::Jsonl { path } = output
+            && (path.starts_with(source) && source.is_dir() || path == source)
+            && path.as_os_str() != STDIO
+        {
+            let message = format!("output {} lies in the input {}", path.display(), source.display());
+            let help = Some("give the output a folder of its own".to_owned());
+            return Err(definition.error(&target.path, "sink", message, help));
+        }
+    }
+    Ok(())
 }
 
 /// The errors sink; without one in the definition it lies beside the sink.

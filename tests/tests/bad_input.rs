@@ -67,6 +67,7 @@ fn mistakes_in_a_definition_name_their_place() {
     check(("name: summary", "name: two words"), &["pipeline.yaml:6:", "cannot name a column"]);
     check(("budget: 50%", "budget: half"), &["pipeline.yaml:12:", "half", "5%"]);
     check(("steps:", "steps: [\nsteps:"), &["pipeline.yaml"]);
+    check(("path: out/results", "path: input.parquet"), &["pipeline.yaml:11:", "lies in the input"]);
     check(("{ path: out/errors.jsonl }", "{ path: out/results }"), &["same path"]);
 }
 
