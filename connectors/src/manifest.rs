@@ -104,6 +104,9 @@ impl Manifest {
             Line::Commit(_) | Line::Finished {} if self.header.is_none() => {
                 return Err(corrupt("the header is missing".to_owned()));
             }
+            Line::Commit(_) | Line::Finished {} if self.finished => {
+                return Err(corrupt("it goes on after it was finished".to_owned()));
+            }
             Line::Commit(commit) => self.commits.push(commit),
             Line::Finished {} => self.finished = true,
         }
@@ -143,8 +146,11 @@ impl Manifest {
         Ok(())
     }
 
-    /// Says that the input was used up.
+    /// Says that the input was used up. Again is harmless.
     pub fn finish(&mut self) -> Result<(), ManifestError> {
+        if self.finished {
+            return Ok(());
+        }
         self.append(&Line::Finished {})?;
         self.finished = true;
         Ok(())
@@ -157,3 +163,6 @@ impl Manifest {
         written.map_err(|source| ManifestError::Io { action: "write", path: self.path.clone(), source })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,17 +13,18 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use serde_json::Value;
 
+use self::changes::changes;
 use crate::jsonl::JsonlSink;
 use crate::manifest::{Commit, Manifest, ManifestError};
 use crate::parquet::ParquetSink;
 use crate::sink::{Part, Sink, SinkError, sync_folder};
 use crate::source::{InputFile, Position};
 
+mod changes;
+
 const MANIFEST: &str = "manifest.jsonl";
 const LOCK: &str = "lock";
 const STDOUT: &str = "-";
-/// Changes of a definition that an error lists.
-const MAX_CHANGES: usize = 3;
 
 /// Where rows go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,12 +69,22 @@ pub struct Output {
     state: Option<State>,
     /// A write or a commit went wrong, so what is staged is unknown: only opening anew can tell.
     failed: bool,
-    _locks: Vec<File>,
+    _locks: Vec<Lock>,
 }
 
 struct State {
     folder: PathBuf,
     manifest: Manifest,
+}
+
+struct Lock(File);
+
+impl Drop for Lock {
+    /// Closing alone is not enough: a child process has a copy of the file until it runs its program.
+    fn drop(&mut self) {
+        // A lock that cannot be let go is let go with the process.
+        drop(self.0.unlock());
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -287,10 +298,12 @@ impl Output {
 
     /// Says that the input was used up; nothing may be staged.
     pub fn finish(&mut self) -> Result<(), OutputError> {
-        assert_eq!(self.staged_rows(), 0, "finished with rows that are not committed");
-        self.attempt(|output| match &mut output.state {
-            Some(state) => Ok(state.manifest.finish()?),
-            None => Ok(()),
+        self.attempt(|output| {
+            assert_eq!(output.staged_rows(), 0, "finished with rows that are not committed");
+            match &mut output.state {
+                Some(state) => Ok(state.manifest.finish()?),
+                None => Ok(()),
+            }
         })
     }
 
@@ -350,20 +363,20 @@ fn sync_parents(path: &Path) -> Result<(), SinkError> {
 
 /// Keeps others from the files of a sink, whatever manifest they go by. Some network file systems cannot lock
 /// folders; the lock of the state folder stands there alone.
-fn lock_target(sink: &SinkSpec) -> Result<Option<File>, OutputError> {
+fn lock_target(sink: &SinkSpec) -> Result<Option<Lock>, OutputError> {
     let path = sink.path();
     let Some(file) = sink.state_folder().and_then(|_| File::open(&path).ok()) else { return Ok(None) };
     match file.try_lock() {
         Err(fs::TryLockError::WouldBlock) => Err(OutputError::Locked { path }),
-        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(Some(file)),
+        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(Some(Lock(file))),
     }
 }
 
-fn lock(folder: &Path, output: &Path) -> Result<File, OutputError> {
+fn lock(folder: &Path, output: &Path) -> Result<Lock, OutputError> {
     let path = folder.join(LOCK);
     let file = File::create(&path).map_err(|source| SinkError::io("create", &path, source))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(fs::TryLockError::WouldBlock) => Err(OutputError::Locked { path: output.to_owned() }),
         Err(fs::TryLockError::Error(source)) => Err(SinkError::io("lock", &path, source).into()),
     }
@@ -375,7 +388,9 @@ fn clear(folder: &Path) -> Result<(), SinkError> {
     for file in fs::read_dir(folder).map_err(fail)? {
         let file = file.map_err(fail)?;
         if file.file_name() != LOCK && file.file_name() != MANIFEST {
-            fs::remove_file(file.path()).map_err(fail)?;
+            let is_folder = file.file_type().map_err(fail)?.is_dir();
+            let remove = if is_folder { fs::remove_dir_all } else { fs::remove_file::<PathBuf> };
+            remove(file.path()).map_err(fail)?;
         }
     }
     fs::remove_file(folder.join(MANIFEST)).map_err(fail)
@@ -385,37 +400,7 @@ fn changed_input(before: &[InputFile], now: &[InputFile]) -> Option<usize> {
     (0..before.len().max(now.len())).find(|&index| before.get(index) != now.get(index))
 }
 
-/// The first differences of two definitions, as `steps[0].generate.max_tokens was 8 and is 9`.
-fn changes(before: &Value, now: &Value) -> String {
-    let mut found = Vec::new();
-    compare("", before, now, &mut found);
-    let more = found.len().saturating_sub(MAX_CHANGES);
-    found.truncate(MAX_CHANGES);
-    let more = if more > 0 { format!(" and {more} more changes") } else { String::new() };
-    if found.is_empty() { String::new() } else { found.join(", ") + &more }
-}
-
-fn compare(path: &str, before: &Value, now: &Value, found: &mut Vec<String>) {
-    let at = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
-    match (before, now) {
-        (Value::Object(before), Value::Object(now)) => {
-            let keys = before.keys().chain(now.keys().filter(|key| !before.contains_key(*key)));
-            for key in keys {
-                let side =
-                    |object: &serde_json::Map<String, Value>| object.get(key).cloned().unwrap_or_default();
-                compare(&at(key), &side(before), &side(now), found);
-            }
-        }
-        (Value::Array(before), Value::Array(now)) => {
-            for index in 0..before.len().max(now.len()) {
-                let side = |array: &[Value]| array.get(index).cloned().unwrap_or_default();
-                compare(&format!("{path}[{index}]"), &side(before), &side(now), found);
-            }
-        }
-        _ if before != now => found.push(format!("{path} was {before} and is {now}")),
-        _ => {}
-    }
-}
-
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -61,8 +61,9 @@ impl JsonlSink {
         match &mut self.target {
             Target::File(file) => {
                 file.seek(SeekFrom::Start(self.len))?;
-                file.write_all(&self.staged)?;
-                file.sync_all()
+                let written = file.write_all(&self.staged).and_then(|()| file.sync_all());
+                // Half a line is of use to nobody. If the cut fails too, the next run makes it.
+                written.inspect_err(|_| drop(file.set_len(self.len)))
             }
             Target::Stream(stream) => {
                 stream.write_all(&self.staged)?;
@@ -133,3 +134,6 @@ impl Sink for JsonlSink {
         Ok((len > 0).then(|| self.path.clone()))
     }
 }
+
+#[cfg(test)]
+mod tests;

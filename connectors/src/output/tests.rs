@@ -1,3 +1,4 @@
+mod commits;
 mod safety;
 
 use std::sync::Arc;
@@ -8,7 +9,12 @@ use serde_json::json;
 
 use super::*;
 
-fn rows(ids: std::ops::Range<i64>) -> RecordBatch {
+/// In memory where there is such a folder: these tests sync often.
+pub(super) fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+pub(super) fn rows(ids: std::ops::Range<i64>) -> RecordBatch {
     RecordBatch::try_from_iter([("id", Arc::new(Int64Array::from_iter_values(ids)) as ArrayRef)]).unwrap()
 }
 
@@ -38,17 +44,18 @@ fn refused(folder: &Path, definition: &Value, inputs: &[InputFile]) -> OutputErr
     }
 }
 
-fn at(row: u64) -> Position {
+pub(super) fn at(row: u64) -> Position {
     Position { file: 0, row }
 }
 
-/// Ids that a reader of the output sees: part files only by their committed name.
+/// Ids that a reader of the output sees.
 fn visible(folder: &Path, is_parquet: bool) -> Vec<i64> {
-    if !is_parquet {
-        return lines(&folder.join("results.jsonl"));
-    }
-    let mut parts: Vec<PathBuf> =
-        fs::read_dir(folder.join("results")).unwrap().map(|file| file.unwrap().path()).collect();
+    if is_parquet { parts(&folder.join("results")) } else { lines(&folder.join("results.jsonl")) }
+}
+
+/// Ids in the part files of a folder, those with a committed name only.
+pub(super) fn parts(folder: &Path) -> Vec<i64> {
+    let mut parts: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
     parts.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with("part-"));
     parts.sort();
     let mut ids = Vec::new();
@@ -64,7 +71,7 @@ fn visible(folder: &Path, is_parquet: bool) -> Vec<i64> {
     ids
 }
 
-fn lines(path: &Path) -> Vec<i64> {
+pub(super) fn lines(path: &Path) -> Vec<i64> {
     let text = fs::read_to_string(path).unwrap_or_default();
     let parse = |line: &str| serde_json::from_str::<Value>(line).unwrap()["id"].as_i64().unwrap();
     text.lines().map(parse).collect()
@@ -91,86 +98,6 @@ fn a_run_goes_on_where_it_was_and_finishes_once() {
         assert_eq!(visible(folder.path(), is_parquet), (0..9).collect::<Vec<_>>());
         assert_eq!(lines(&folder.path().join("errors.jsonl")), [90]);
         assert_eq!(open(folder.path(), is_parquet).1, Resume::Finished { rows: 9, errors: 1 });
-    }
-}
-
-/// Writes, commits and crashes at random points of a commit, against a list of what was committed.
-#[test]
-fn crashes_at_any_point_of_a_commit_lose_and_repeat_nothing() {
-    for seed in 0..120_u64 {
-        let is_parquet = seed % 2 == 0;
-        let folder = tempfile::tempdir().unwrap();
-        let mut state = seed;
-        let mut draw = |n: u64| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) % n
-        };
-        let mut committed = 0_i64;
-        for _ in 0..12 {
-            let (mut output, resume) = open(folder.path(), is_parquet);
-            match resume {
-                Resume::Fresh => assert_eq!(committed, 0, "seed {seed}"),
-                Resume::Continue { position, rows, .. } => {
-                    assert_eq!((position, rows), (at(committed as u64), committed as u64), "seed {seed}");
-                }
-                Resume::Finished { .. } => panic!("seed {seed}: nobody finished it"),
-            }
-            assert_eq!(visible(folder.path(), is_parquet), (0..committed).collect::<Vec<_>>(), "seed {seed}");
-            for _ in 0..draw(3) {
-                let len = 1 + draw(5) as i64;
-                output.write(&rows(committed..committed + len)).unwrap();
-                output.commit(at((committed + len) as u64)).unwrap();
-                committed += len;
-            }
-            let len = 1 + draw(5) as i64;
-            output.write(&rows(committed..committed + len)).unwrap();
-            output.write_errors(&rows(0..1)).unwrap();
-            let position = at((committed + len) as u64);
-            // 0: before preparing; 1: after one sink; 2: after both; 3: after the manifest; 4: after one rename.
-            let point = draw(5);
-            let part = (point > 0).then(|| output.sink.prepare().unwrap()).flatten();
-            let errors = (point > 1).then(|| output.errors.prepare().unwrap()).flatten();
-            if point > 2 {
-                let manifest = &mut output.state.as_mut().unwrap().manifest;
-                manifest.commit(Commit { position, output: part.clone(), errors }).unwrap();
-                committed += len;
-            }
-            if point > 3 {
-                output.sink.publish(&part.unwrap()).unwrap();
-            }
-        }
-    }
-}
-
-#[test]
-fn a_torn_manifest_line_was_never_a_commit() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("results/_tidemill/manifest.jsonl");
-    let (mut output, _) = open(folder.path(), true);
-    output.write(&rows(0..2)).unwrap();
-    output.commit(at(2)).unwrap();
-    let before = fs::read(&path).unwrap().len();
-    output.write(&rows(2..4)).unwrap();
-    output.commit(at(4)).unwrap();
-    drop(output);
-    let whole = fs::read(&path).unwrap();
-    for len in (before..=whole.len()).rev() {
-        fs::write(&path, &whole[..len]).unwrap();
-        let is_whole = len == whole.len();
-        let (_, resume) = open(folder.path(), true);
-        let rows = if is_whole { 4 } else { 2 };
-        assert_eq!(resume, Resume::Continue { position: at(rows), rows, errors: 0 }, "cut to {len} bytes");
-        if !is_whole {
-            break;
-        }
-    }
-    for len in before..whole.len() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("manifest.jsonl");
-        fs::write(&path, &whole[..len]).unwrap();
-        let manifest = Manifest::open(&path).unwrap();
-        assert_eq!(manifest.commits.len(), 1, "cut to {len} bytes");
-        assert_eq!(fs::read(&path).unwrap().len(), before);
     }
 }
 

@@ -18,6 +18,9 @@ use crate::sink::{Part, Sink, SinkError, sync_folder};
 /// Rows a row group holds at most: enough to compress well, few enough to stream.
 const MAX_ROW_GROUP_ROWS: usize = 65_536;
 
+/// Encoded bytes a row group holds at most, since it waits in memory until it is whole.
+const MAX_ROW_GROUP_BYTES: usize = 128 << 20;
+
 /// Writes `part-00000.parquet` and so on.
 pub struct ParquetSink {
     folder: PathBuf,
@@ -49,6 +52,7 @@ impl ParquetSink {
             let properties = WriterProperties::builder()
                 .set_compression(Compression::ZSTD(ZstdLevel::default()))
                 .set_max_row_group_row_count(Some(MAX_ROW_GROUP_ROWS))
+                .set_max_row_group_bytes(Some(MAX_ROW_GROUP_BYTES))
                 .build();
             let writer = ArrowWriter::try_new(file, SchemaRef::clone(&self.schema), Some(properties))
                 .map_err(|source| SinkError::encode(&path, source.into()))?;
@@ -152,3 +156,6 @@ impl Sink for ParquetSink {
         Ok(self.files()?.iter().find(is_part).map(|name| self.folder.join(name)))
     }
 }
+
+#[cfg(test)]
+mod tests;
