@@ -1,3 +1,5 @@
+//! The order of a commit, and what is left when it is cut short at any point.
+
 use std::sync::Mutex;
 
 use super::*;
