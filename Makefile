@@ -39,4 +39,5 @@ test: setup models ## set up and run every check and test that needs no GPU
 	@echo "test: lints (some minutes when cold)"
 	@cargo clippy --locked --workspace --all-targets -- -D warnings
 	@echo "test: tests"
-	@cargo test --locked --workspace -- --quiet
+	@bash -o pipefail -c 'cargo test --locked --workspace -- --quiet 2>&1 | tee target/test.log'
+	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' target/test.log
