@@ -15,7 +15,7 @@ pub struct Counters {
     pub errors: AtomicU64,
     /// Answers taken from the journal instead of the model.
     pub recalled: AtomicU64,
-    /// Prompt tokens of the sequences that finished.
+    /// Prompt tokens known to the engines, computed or reused; none counts twice.
     pub prompt_tokens: AtomicU64,
     /// Prompt tokens that went through the model, recomputation counted.
     pub computed_tokens: AtomicU64,

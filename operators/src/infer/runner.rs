@@ -96,7 +96,14 @@ impl Runner {
         })?;
         let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
             let _watch = failure.watch("engine");
-            let mut driver = Driver { engine, context, open: BTreeMap::new(), next_id: 0, done };
+            let mut driver = Driver {
+                engine,
+                context,
+                open: BTreeMap::new(),
+                next_id: 0,
+                done,
+                counted: EngineStats::default(),
+            };
             if let Err(error) = driver.run(&queue) {
                 failure.fail(&error);
             }
@@ -129,6 +136,8 @@ struct Driver {
     open: BTreeMap<SequenceId, Work>,
     next_id: u64,
     done: Sender<Answer>,
+    /// What [`count`](Self::count) has seen of the engine's totals.
+    counted: EngineStats,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -157,10 +166,25 @@ impl Driver {
                 return Ok(());
             }
             let finished = self.engine.step()?;
+            self.count();
             for finished in finished {
                 self.finish(finished)?;
             }
         }
+    }
+
+    /// Adds what the last step did to the run's totals, so that progress shows long prompts too.
+    fn count(&mut self) {
+        let now = self.engine.stats();
+        let before = std::mem::replace(&mut self.counted, now);
+        let counters = &self.context.counters;
+        let prompt =
+            |stats: &EngineStats| stats.computed_tokens + stats.reused_tokens - stats.recomputed_tokens;
+        // Wraps both ways: a preemption may move tokens from one count to another.
+        Counters::add(&counters.prompt_tokens, prompt(&now).wrapping_sub(prompt(&before)));
+        Counters::add(&counters.computed_tokens, now.computed_tokens - before.computed_tokens);
+        Counters::add(&counters.reused_tokens, now.reused_tokens - before.reused_tokens);
+        Counters::add(&counters.output_tokens, now.output_tokens - before.output_tokens);
     }
 
     fn submit(&mut self, work: Work) -> Result<(), RunnerError> {
@@ -179,11 +203,6 @@ impl Driver {
 
     fn finish(&mut self, finished: Finished) -> Result<(), RunnerError> {
         let work = self.open.remove(&finished.id).expect("the engine answers what it was asked");
-        let counters = &self.context.counters;
-        Counters::add(&counters.prompt_tokens, u64::from(finished.prompt_len));
-        Counters::add(&counters.computed_tokens, u64::from(finished.computed_len));
-        Counters::add(&counters.reused_tokens, u64::from(finished.reused_len));
-        Counters::add(&counters.output_tokens, finished.token_ids.len() as u64);
         let tokenizer = &self.context.text.tokenizer;
         let generated = Generated {
             text: tokenizer.decode(&finished.token_ids)?,
