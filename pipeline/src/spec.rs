@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::de::{self, Deserializer, Visitor};
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 pub use serde_saphyr::{Location, Spanned};
 
 /// A whole definition file.
@@ -197,7 +197,8 @@ impl Definition {
             Ok(spec) => Ok(Self { path: path.to_owned(), text, spec }),
             Err(error) => {
                 let location = error.location().unwrap_or(Location::UNKNOWN);
-                let message = error.without_snippet().render_with_formatter(&PlainMessages);
+                let message =
+                    error.without_snippet().render_with_formatter(&serde_saphyr::UserMessageFormatter);
                 Err(SpecError::at(path, &text, location, "", message, None))
             }
         }
@@ -233,10 +234,11 @@ impl SpecError {
         message: String,
         help: Option<String>,
     ) -> Box<Self> {
-        let start = location.span().byte_offset().map_or(0, |offset| offset as usize).min(text.len());
+        let start = location.span().byte_offset().map_or(0, |offset| offset as usize);
+        let start = text.floor_char_boundary(start);
         let len = location.span().byte_len().unwrap_or(0) as usize;
         // A block scalar's span reaches to its end: mark its first line only.
-        let rest = &text[text.floor_char_boundary(start)..];
+        let rest = &text[start..];
         let line_len = rest.find('\n').unwrap_or(rest.len());
         let len = if len == 0 { line_len } else { len.min(line_len) };
         Box::new(Self {
@@ -266,15 +268,6 @@ impl SpecError {
         self.column = indent + 1;
         self.span = start + indent..start + text.len();
         self
-    }
-}
-
-/// Messages without a place in them: the place is printed beside.
-struct PlainMessages;
-
-impl serde_saphyr::MessageFormatter for PlainMessages {
-    fn format_message<'a>(&self, error: &'a serde_saphyr::Error) -> std::borrow::Cow<'a, str> {
-        serde_saphyr::UserMessageFormatter.format_message(error)
     }
 }
 
@@ -310,15 +303,6 @@ impl<'de> Deserialize<'de> for Budget {
             }
         }
         deserializer.deserialize_any(BudgetVisitor)
-    }
-}
-
-impl Serialize for Budget {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Percent(percent) => serializer.serialize_str(&format!("{percent}%")),
-            Self::Documents(documents) => serializer.serialize_u64(*documents),
-        }
     }
 }
 

@@ -19,6 +19,8 @@ pub struct Summary {
     pub computed_tokens: u64,
     pub reused_tokens: u64,
     pub output_tokens: u64,
+    /// Sequences that gave up their KV pages to others and were computed again.
+    pub preemptions: u64,
     pub wall_ms: u64,
     /// Largest resident size of the process; 0 where the system does not tell.
     pub peak_memory_bytes: u64,
@@ -35,6 +37,7 @@ impl Summary {
             computed_tokens: Counters::get(&counters.computed_tokens),
             reused_tokens: Counters::get(&counters.reused_tokens),
             output_tokens: Counters::get(&counters.output_tokens),
+            preemptions: Counters::get(&counters.preemptions),
             wall_ms: wall.as_millis() as u64,
             peak_memory_bytes: peak_memory_bytes(),
             peak_documents_in_flight: Counters::get(&counters.peak_in_flight),
@@ -53,6 +56,7 @@ impl Summary {
             ("  computed", thousands(self.computed_tokens)),
             ("  reused", format!("{} ({})", thousands(self.reused_tokens), self.reused_share())),
             ("output tokens", thousands(self.output_tokens)),
+            ("preemptions", thousands(self.preemptions)),
             ("prompt tokens/s", rate(self.prompt_tokens)),
             ("output tokens/s", rate(self.output_tokens)),
             ("wall time", format!("{seconds:.1} s")),
