@@ -14,8 +14,8 @@ use tidemill_kernels::gguf::Gguf;
 use tidemill_kernels::models::{KvConfig, Llama, LlamaWeights, NumericPath};
 use tidemill_kernels::step::{Model, PageId, SamplingParams, StepBatch};
 
-const PAGE_SIZE: u32 = 16;
-const NUM_PAGES: u32 = 1024;
+const PAGE_SIZE: u32 = 64;
+const NUM_PAGES: u32 = 256;
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args_os().skip(1);

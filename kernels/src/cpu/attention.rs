@@ -130,7 +130,7 @@ impl Kernel for Attend<'_> {
     #[inline(always)]
     fn run<V: Lanes>(mut self) {
         let tiles = self.isa.has_tiles().then(Tiles::new);
-        self.start();
+        self.start::<V>();
         let rows = self.cohort.rows;
         // What all rows share, then the rest of each sequence.
         self.walk::<V>(tiles.as_ref(), 0..rows.len(), 0..self.cohort.num_shared_tiles);
@@ -161,7 +161,7 @@ impl Attend<'_> {
     }
 
     #[inline(always)]
-    fn start(&mut self) {
+    fn start<V: Lanes>(&mut self) {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
         let head_rows = self.cohort.rows.len() * group_len;
         self.scratch.resize(head_rows, head_dim);
@@ -174,9 +174,9 @@ impl Attend<'_> {
                 let Scratch { queries, query_scales, query_sums, query: rotated, .. } = &mut *self.scratch;
                 let rotated = &mut rotated[..head_dim];
                 rotated.copy_from_slice(query);
-                rotate(head_rotation(head_dim), rotated);
+                rotate::<V>(head_rotation(head_dim), rotated);
                 let bytes = &mut queries[head_row * head_dim..(head_row + 1) * head_dim];
-                let (scale, sum) = quantize(rotated, bytes);
+                let (scale, sum) = quantize::<V>(rotated, bytes);
                 query_scales[head_row] = scale * self.shape.scale;
                 query_sums[head_row] = sum;
             }
@@ -210,7 +210,7 @@ impl Attend<'_> {
                 let valid = visible.start.saturating_sub(first)..visible.end.saturating_sub(first).min(TILE_LEN);
                 for head in 0..group_len {
                     let at = (row - rows.start) * group_len + head;
-                    self.weigh(row * group_len + head, at, &tile, valid.clone());
+                    self.weigh::<V>(row * group_len + head, at, &tile, valid.clone());
                 }
             }
             self.add_values::<V>(tiles, &tile, head_rows.clone());
@@ -242,7 +242,7 @@ impl Attend<'_> {
 
     /// Turns scores into weights relative to the highest score so far; `at` is the row among those of the scores.
     #[inline(always)]
-    fn weigh(&mut self, head_row: usize, at: usize, tile: &Tile<'_>, valid: std::ops::Range<usize>) {
+    fn weigh<V: Lanes>(&mut self, head_row: usize, at: usize, tile: &Tile<'_>, valid: std::ops::Range<usize>) {
         let Scratch { ints, weights, query_scales, query_sums, weight_scales, rescales, max, total, .. } =
             &mut *self.scratch;
         let bytes: &mut [i8; TILE_LEN] =
@@ -271,7 +271,7 @@ impl Attend<'_> {
             // Chosen after the product: a slot that was never written may have any scale.
             scaled[i] = if is_valid(i) { weight * tile.value_scales[i] } else { 0.0 };
         }
-        (weight_scales[at], _) = quantize(&scaled, bytes);
+        (weight_scales[at], _) = quantize::<V>(&scaled, bytes);
         rescales[at] = rescale;
         total[head_row] = total[head_row].mul_add(rescale, lane_sum(&scores));
         max[head_row] = new_max;

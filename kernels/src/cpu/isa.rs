@@ -55,12 +55,19 @@ pub(crate) trait Lanes: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// Each integer rounded to the nearest number.
     unsafe fn from_ints(ints: Self::Ints) -> Self;
+    /// Lane `i` becomes lane `i ^ DISTANCE`, which is 1, 2, 4 or 8.
+    unsafe fn swap<const DISTANCE: usize>(self) -> Self;
+    /// Rounds numbers between -127 and 127 to the nearest byte, ties to even; returns the bytes as integers.
+    unsafe fn round_to_bytes(self, to: *mut i8) -> Self::Ints;
+    /// The bits without the sign: they are ordered as the magnitudes are, infinity and NaN last.
+    unsafe fn magnitude_bits(self) -> Self::Ints;
 
     unsafe fn zero_ints() -> Self::Ints;
     unsafe fn splat_ints(value: i32) -> Self::Ints;
     unsafe fn load_ints(from: *const i32) -> Self::Ints;
     unsafe fn store_ints(ints: Self::Ints, to: *mut i32);
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    unsafe fn max_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
 
     unsafe fn load_quads(from: *const u8) -> Self::Quads;
     /// The same four bytes in each lane.

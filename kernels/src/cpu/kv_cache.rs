@@ -104,7 +104,7 @@ impl Kernel for Store<'_> {
             let (keys, values) = kv.split_at(shape.kv_len());
             for kv_head in 0..shape.num_kv_heads {
                 let range = kv_head * shape.head_dim..(kv_head + 1) * shape.head_dim;
-                self.store_token(slot, kv_head, &keys[range.clone()], &values[range]);
+                self.store_token::<V>(slot, kv_head, &keys[range.clone()], &values[range]);
             }
         }
     }
@@ -113,7 +113,7 @@ impl Kernel for Store<'_> {
 impl Store<'_> {
     /// `key`, `value`: `[head_dim]`
     #[inline(always)]
-    fn store_token(&self, slot: usize, kv_head: usize, key: &[f32], value: &[f32]) {
+    fn store_token<V: Lanes>(&self, slot: usize, kv_head: usize, key: &[f32], value: &[f32]) {
         let head_dim = self.shape.head_dim;
         let (page, offset) = (slot / self.shape.page_size, slot % self.shape.page_size);
         let head_start = (page * self.shape.num_kv_heads + kv_head) * self.shape.page_size;
@@ -121,8 +121,8 @@ impl Store<'_> {
         let (numbers, bytes) = (&mut numbers[..head_dim], &mut bytes[..head_dim]);
 
         numbers.copy_from_slice(key);
-        rotate(head_rotation(head_dim), numbers);
-        let (key_scale, _) = quantize(numbers, bytes);
+        rotate::<V>(head_rotation(head_dim), numbers);
+        let (key_scale, _) = quantize::<V>(numbers, bytes);
         let group = (head_start + offset / KEY_GROUP_LEN * KEY_GROUP_LEN) * head_dim;
         let group = self.keys.at(group, KEY_GROUP_LEN * head_dim);
         for (quad, bytes) in bytes.as_chunks::<4>().0.iter().enumerate() {
@@ -136,7 +136,7 @@ impl Store<'_> {
             }
         }
 
-        let (value_scale, _) = quantize(value, bytes);
+        let (value_scale, _) = quantize::<V>(value, bytes);
         let quad = self.values.at((head_start + offset / 4 * 4) * head_dim, 4 * head_dim);
         for (dim, byte) in bytes.iter().enumerate() {
             // SAFETY: a byte of each four belongs to this row, and `head_dim` fours follow.

@@ -203,7 +203,7 @@ impl Task<'_> {
             unsafe { dots.compute::<V, true>(tiles) };
             self.scale::<V>(row, num_rows, panel, num_panels, group);
         }
-        self.store(row, num_rows, panel, num_panels);
+        self.store::<V>(row, num_rows, panel, num_panels);
     }
 
     /// Adds the exact sums of a group, scaled.
@@ -233,13 +233,19 @@ impl Task<'_> {
 
     /// Copies a finished block; the last panel may reach beyond the outputs.
     #[inline(always)]
-    fn store(&mut self, row: usize, num_rows: usize, panel: usize, num_panels: usize) {
+    fn store<V: Lanes>(&mut self, row: usize, num_rows: usize, panel: usize, num_panels: usize) {
         let num_outputs = self.weight.num_outputs;
         let num_columns = (num_panels * LANES).min(num_outputs - panel * LANES);
         for (i, floats) in self.sums.floats.chunks_exact(BLOCK_COLUMNS).take(num_rows).enumerate() {
             let to = self.out.at((row + i) * num_outputs + panel * LANES, num_columns);
+            let (vectors, rest) = floats[..num_columns].as_chunks::<LANES>();
             // SAFETY: `at` checked the bounds, and these outputs of these rows belong to this task alone.
-            unsafe { to.copy_from_nonoverlapping(floats.as_ptr(), num_columns) };
+            unsafe {
+                for (n, vector) in vectors.iter().enumerate() {
+                    V::load(vector.as_ptr()).store(to.add(n * LANES));
+                }
+                to.add(vectors.len() * LANES).copy_from_nonoverlapping(rest.as_ptr(), rest.len());
+            }
         }
     }
 }

@@ -130,6 +130,6 @@ impl Kernel for Unpack<'_> {
             let byte = i32::from(quads[i / 4 * QUAD_BYTES + 4 * lane + i % 4]) - OFFSET;
             *out = byte as f32 * scales[i / layout.group_len * LANES + lane];
         }
-        rotate(layout.rotation, out);
+        rotate::<V>(layout.rotation, out);
     }
 }

@@ -16,9 +16,6 @@ const MAX_GROUP_LEN: usize = 256;
 /// Largest byte; the negative ones are used up to it too, so that a sign never changes a magnitude.
 pub(super) const MAX_BYTE: f32 = 127.0;
 
-/// Adding it rounds to the nearest integer, ties to even, which then is in the low bits.
-const ROUND: f32 = 12_582_912.0;
-
 /// How rows of some length are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct RowLayout {
@@ -57,116 +54,129 @@ impl RowLayout {
 
 /// Rotates blocks of `rotation` numbers in place.
 #[inline(always)]
-pub(super) fn rotate(rotation: usize, row: &mut [f32]) {
+pub(super) fn rotate<V: Lanes>(rotation: usize, row: &mut [f32]) {
     if rotation == 1 {
         return;
     }
     let scale = 1.0 / (rotation as f32).sqrt();
-    if rotation < LANES {
-        for block in row.chunks_exact_mut(rotation) {
-            let mut half = 1;
-            while half < rotation {
-                for pair in block.chunks_exact_mut(2 * half) {
-                    let (a, b) = pair.split_at_mut(half);
-                    for (a, b) in a.iter_mut().zip(b) {
-                        (*a, *b) = (*a + *b, *a - *b);
-                    }
-                }
-                half *= 2;
-            }
-            for value in block {
-                *value *= scale;
-            }
-        }
-        return;
-    }
     for block in row.chunks_exact_mut(rotation) {
-        let (vectors, _) = block.as_chunks_mut::<LANES>();
-        for vector in &mut *vectors {
-            let mut lanes = *vector;
-            lanes = butterfly::<1>(lanes);
-            lanes = butterfly::<2>(lanes);
-            lanes = butterfly::<4>(lanes);
-            lanes = butterfly::<8>(lanes);
-            *vector = lanes.map(|lane| lane * scale);
-        }
-        let mut half = 1;
-        while half < vectors.len() {
-            for pair in vectors.chunks_exact_mut(2 * half) {
-                let (a, b) = pair.split_at_mut(half);
-                for (a, b) in a.iter_mut().zip(b) {
-                    for (a, b) in a.iter_mut().zip(b) {
-                        (*a, *b) = (*a + *b, *a - *b);
-                    }
-                }
-            }
-            half *= 2;
+        match rotation < LANES {
+            true => rotate_short(scale, block),
+            false => rotate_vectors::<V>(scale, block.as_chunks_mut::<LANES>().0),
         }
     }
 }
 
-/// Sums and differences of lanes that are `HALF` apart.
+/// A block of less than a vector.
 #[inline(always)]
-fn butterfly<const HALF: usize>(lanes: [f32; LANES]) -> [f32; LANES] {
-    std::array::from_fn(|i| match i & HALF {
-        0 => lanes[i] + lanes[i ^ HALF],
-        _ => lanes[i ^ HALF] - lanes[i],
-    })
+fn rotate_short(scale: f32, block: &mut [f32]) {
+    let mut half = 1;
+    while half < block.len() {
+        for pair in block.chunks_exact_mut(2 * half) {
+            let (a, b) = pair.split_at_mut(half);
+            for (a, b) in a.iter_mut().zip(b) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        half *= 2;
+    }
+    for value in block {
+        *value *= scale;
+    }
+}
+
+/// First within vectors, then between them.
+#[inline(always)]
+fn rotate_vectors<V: Lanes>(scale: f32, vectors: &mut [[f32; LANES]]) {
+    for vector in &mut *vectors {
+        // SAFETY: the pointers are those of a whole vector.
+        unsafe {
+            let mut lanes = V::load(vector.as_ptr());
+            lanes = butterfly::<V, 1>(lanes);
+            lanes = butterfly::<V, 2>(lanes);
+            lanes = butterfly::<V, 4>(lanes);
+            lanes = butterfly::<V, 8>(lanes);
+            lanes.mul(V::splat(scale)).store(vector.as_mut_ptr());
+        }
+    }
+    let mut half = 1;
+    while half < vectors.len() {
+        for pair in vectors.chunks_exact_mut(2 * half) {
+            let (a, b) = pair.split_at_mut(half);
+            for (a, b) in a.iter_mut().zip(b) {
+                for (a, b) in a.iter_mut().zip(b) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
+            }
+        }
+        half *= 2;
+    }
+}
+
+/// Sums and differences of lanes that are `DISTANCE` apart.
+///
+/// # Safety
+/// To be called below [`Isa::run`](super::Isa::run) with the vectors of that instruction set.
+#[inline(always)]
+unsafe fn butterfly<V: Lanes, const DISTANCE: usize>(lanes: V) -> V {
+    let signs: [f32; LANES] = std::array::from_fn(|i| if i & DISTANCE == 0 { 1.0 } else { -1.0 });
+    // SAFETY: by the contract; the signs are a whole vector.
+    unsafe { lanes.swap::<DISTANCE>().fma(lanes, V::load(signs.as_ptr())) }
 }
 
 /// Rounds numbers to bytes relative to the largest magnitude; returns the scale and the sum of the bytes.
 ///
-/// A NaN becomes some byte with a scale that is not a number, so that it is seen at the end.
+/// A NaN or infinity becomes some byte with a scale that is not finite, so that it is seen at the end.
 #[inline(always)]
-pub(super) fn quantize(values: &[f32], bytes: &mut [i8]) -> (f32, i32) {
-    let mut max = max_magnitude(values);
-    if max < f32::MIN_POSITIVE {
-        max = 0.0;
-    }
-    let scale = max / MAX_BYTE;
-    let inverse = if max > 0.0 { MAX_BYTE / max } else { 0.0 };
-    let mut sums = [0i32; LANES];
-    let (value_chunks, value_rest) = values.as_chunks::<LANES>();
-    let (bytes, rest) = bytes[..values.len()].as_chunks_mut::<LANES>();
-    for (values, bytes) in value_chunks.iter().zip(bytes) {
-        for i in 0..LANES {
-            let rounded = (values[i] * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-            bytes[i] = rounded as i8;
-            sums[i] += i32::from(rounded as i8);
-        }
-    }
-    for (value, byte) in value_rest.iter().zip(rest) {
-        let rounded = (value * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-        *byte = rounded as i8;
-        sums[0] += i32::from(rounded as i8);
-    }
-    (scale, sums.iter().sum())
-}
-
-/// The largest magnitude; NaN or infinity if there is one.
-#[inline(always)]
-pub(super) fn max_magnitude(values: &[f32]) -> f32 {
-    // Without their sign, the bits of floats are ordered as integers, NaN last: no comparison is unordered.
-    let mut lanes = [0u32; LANES];
+pub(super) fn quantize<V: Lanes>(values: &[f32], bytes: &mut [i8]) -> (f32, i32) {
+    let bytes = &mut bytes[..values.len()];
     let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] = lanes[i].max(chunk[i].to_bits() & 0x7fff_ffff);
+    let mut padded = [0.0; LANES];
+    padded[..rest.len()].copy_from_slice(rest);
+    // SAFETY: callers are compiled for `V`, and every pointer is that of a whole vector.
+    let max = unsafe {
+        let mut max = V::load(padded.as_ptr()).magnitude_bits();
+        for chunk in chunks {
+            max = V::max_ints(max, V::load(chunk.as_ptr()).magnitude_bits());
         }
-    }
-    for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane = (*lane).max(value.to_bits() & 0x7fff_ffff);
-    }
-    f32::from_bits(lanes.into_iter().fold(0, u32::max))
+        f32::from_bits(fold::<V>(max, i32::max) as u32)
+    };
+    let max = if max < f32::MIN_POSITIVE { 0.0 } else { max };
+    let inverse = if max > 0.0 { MAX_BYTE / max } else { 0.0 };
+    let (byte_chunks, byte_rest) = bytes.as_chunks_mut::<LANES>();
+    // SAFETY: as above.
+    let sums = unsafe {
+        let inverse = V::splat(inverse);
+        let mut padded_bytes = [0; LANES];
+        let mut sums = V::load(padded.as_ptr()).mul(inverse).round_to_bytes(padded_bytes.as_mut_ptr());
+        byte_rest.copy_from_slice(&padded_bytes[..byte_rest.len()]);
+        for (values, bytes) in chunks.iter().zip(byte_chunks) {
+            let ints = V::load(values.as_ptr()).mul(inverse).round_to_bytes(bytes.as_mut_ptr());
+            sums = V::add_ints(sums, ints);
+        }
+        fold::<V>(sums, i32::wrapping_add)
+    };
+    (max / MAX_BYTE, sums)
 }
 
-/// `V` makes callers compile this for their instruction set.
+/// Combines all lanes, by halves.
+#[inline(always)]
+fn fold<V: Lanes>(ints: V::Ints, combine: impl Fn(i32, i32) -> i32) -> i32 {
+    let mut lanes = [0; LANES];
+    // SAFETY: callers are compiled for `V`, and the array is a whole vector.
+    unsafe { V::store_ints(ints, lanes.as_mut_ptr()) };
+    let eight: [i32; 8] = std::array::from_fn(|i| combine(lanes[i], lanes[i + 8]));
+    let four: [i32; 4] = std::array::from_fn(|i| combine(eight[i], eight[i + 4]));
+    combine(combine(four[0], four[2]), combine(four[1], four[3]))
+}
+
+/// Rotates and quantizes a row.
 #[inline(always)]
 pub(super) fn quantize_row<V: Lanes>(layout: &RowLayout, row: &mut [f32], to: QuantizedRow<'_>) {
-    rotate(layout.rotation, row);
+    rotate::<V>(layout.rotation, row);
     for group in 0..layout.num_groups() {
         let (numbers, _) = layout.group(group);
-        let (scale, sum) = quantize(&row[numbers.clone()], &mut to.bytes[numbers]);
+        let (scale, sum) = quantize::<V>(&row[numbers.clone()], &mut to.bytes[numbers]);
         to.scales[group] = scale;
         to.sums[group] = sum;
     }
@@ -185,19 +195,45 @@ pub(super) struct QuantizedRow<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::{Isa, Kernel};
     use super::*;
+
+    struct Rotate<'a>(&'a mut [f32]);
+
+    impl Kernel for Rotate<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            rotate::<V>(RowLayout::new(self.0.len()).rotation, self.0);
+        }
+    }
+
+    struct Quantize<'a>(&'a [f32], &'a mut [i8], &'a mut (f32, i32));
+
+    impl Kernel for Quantize<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            *self.2 = quantize::<V>(self.0, self.1);
+        }
+    }
+
+    fn quantized(isa: Isa, values: &[f32]) -> (Vec<i8>, f32, i32) {
+        let (mut bytes, mut result) = (vec![1; values.len()], (0.0, 0));
+        isa.run(Quantize(values, &mut bytes, &mut result));
+        (bytes, result.0, result.1)
+    }
 
     #[test]
     fn a_rotation_keeps_lengths_and_undoes_itself() {
-        for len in [1, 2, 6, 8, 48, 64, 192, 576, 1536] {
+        for (isa, len) in Isa::available().into_iter().flat_map(|isa| {
+            [1, 2, 6, 8, 16, 48, 64, 192, 576, 1536].map(|len| (isa, len))
+        }) {
             let row: Vec<f32> = (0..len).map(|i| ((i * 37 + 11) % 101) as f32 - 50.0).collect();
-            let layout = RowLayout::new(len);
             let mut rotated = row.clone();
-            rotate(layout.rotation, &mut rotated);
+            isa.run(Rotate(&mut rotated));
             let square = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>();
             assert!((square(&rotated) / square(&row) - 1.0).abs() < 1e-5);
-            assert!(layout.rotation == 1 || rotated != row);
-            rotate(layout.rotation, &mut rotated);
+            assert!(len % 2 == 1 || rotated != row);
+            isa.run(Rotate(&mut rotated));
             assert!(row.iter().zip(&rotated).all(|(a, b)| (a - b).abs() < 1e-4), "{len}");
         }
     }
@@ -216,11 +252,12 @@ mod tests {
     #[test]
     fn bytes_are_the_nearest_and_nan_is_seen() {
         let values: Vec<f32> = (-20..=20).map(|i| i as f32 * 0.37).collect();
-        let mut bytes = vec![0; values.len()];
-        let (scale, sum) = quantize(&values, &mut bytes);
-        assert_eq!((bytes[0], bytes[20], bytes[40], sum), (-127, 0, 127, 0));
-        assert!(values.iter().zip(&bytes).all(|(v, b)| (v - f32::from(*b) * scale).abs() <= scale * 0.5001));
-        assert!(quantize(&[1.0, f32::NAN], &mut [0; 2]).0.is_nan());
-        assert_eq!(quantize(&[0.0; 3], &mut [1; 3]), (0.0, 0));
+        for isa in Isa::available() {
+            let (bytes, scale, sum) = quantized(isa, &values);
+            assert_eq!((bytes[0], bytes[20], bytes[40], sum), (-127, 0, 127, 0));
+            assert!(values.iter().zip(&bytes).all(|(v, b)| (v - f32::from(*b) * scale).abs() <= scale * 0.5001));
+            assert!(quantized(isa, &[1.0, f32::NAN]).1.is_nan());
+            assert_eq!(quantized(isa, &[0.0; 3]), (vec![0; 3], 0.0, 0));
+        }
     }
 }

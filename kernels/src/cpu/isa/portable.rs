@@ -45,6 +45,24 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn swap<const DISTANCE: usize>(self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i ^ DISTANCE]))
+    }
+
+    #[inline(always)]
+    unsafe fn round_to_bytes(self, to: *mut i8) -> Self::Ints {
+        let bytes = self.0.map(|value| value.round_ties_even() as i8);
+        // SAFETY: see above.
+        unsafe { to.cast::<[i8; LANES]>().write_unaligned(bytes) };
+        bytes.map(i32::from)
+    }
+
+    #[inline(always)]
+    unsafe fn magnitude_bits(self) -> Self::Ints {
+        self.0.map(|value| value.abs().to_bits() as i32)
+    }
+
+    #[inline(always)]
     unsafe fn zero_ints() -> Self::Ints {
         [0; LANES]
     }
@@ -69,6 +87,11 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
         std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn max_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| a[i].max(b[i]))
     }
 
     #[inline(always)]

@@ -91,6 +91,37 @@ impl<const VNNI: bool> Lanes for Ymm<VNNI> {
     }
 
     #[inline(always)]
+    unsafe fn swap<const DISTANCE: usize>(self) -> Self {
+        // SAFETY: see above.
+        unsafe { match DISTANCE {
+            1 => Self(_mm256_permute_ps::<0b10_11_00_01>(self.0), _mm256_permute_ps::<0b10_11_00_01>(self.1)),
+            2 => Self(_mm256_permute_ps::<0b01_00_11_10>(self.0), _mm256_permute_ps::<0b01_00_11_10>(self.1)),
+            4 => Self(_mm256_permute2f128_ps::<1>(self.0, self.0), _mm256_permute2f128_ps::<1>(self.1, self.1)),
+            _ => Self(self.1, self.0),
+        } }
+    }
+
+    #[inline(always)]
+    unsafe fn round_to_bytes(self, to: *mut i8) -> Self::Ints {
+        // SAFETY: see above.
+        unsafe { let ints = (_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(ints.0, ints.1));
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(to.cast(), bytes);
+            ints }
+    }
+
+    #[inline(always)]
+    unsafe fn magnitude_bits(self) -> Self::Ints {
+        // SAFETY: see above.
+        unsafe { let mask = _mm256_set1_epi32(0x7fff_ffff);
+            (
+                _mm256_and_si256(_mm256_castps_si256(self.0), mask),
+                _mm256_and_si256(_mm256_castps_si256(self.1), mask),
+            ) }
+    }
+
+    #[inline(always)]
     unsafe fn zero_ints() -> Self::Ints {
         // SAFETY: see above.
         unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
@@ -118,6 +149,12 @@ impl<const VNNI: bool> Lanes for Ymm<VNNI> {
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
         // SAFETY: see above.
         unsafe { (_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn max_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        // SAFETY: see above.
+        unsafe { (_mm256_max_epi32(a.0, b.0), _mm256_max_epi32(a.1, b.1)) }
     }
 
     #[inline(always)]
@@ -188,6 +225,31 @@ impl Lanes for Zmm {
     }
 
     #[inline(always)]
+    unsafe fn swap<const DISTANCE: usize>(self) -> Self {
+        // SAFETY: see above.
+        unsafe { Self(match DISTANCE {
+            1 => _mm512_permute_ps::<0b10_11_00_01>(self.0),
+            2 => _mm512_permute_ps::<0b01_00_11_10>(self.0),
+            4 => _mm512_shuffle_f32x4::<0b10_11_00_01>(self.0, self.0),
+            _ => _mm512_shuffle_f32x4::<0b01_00_11_10>(self.0, self.0),
+        }) }
+    }
+
+    #[inline(always)]
+    unsafe fn round_to_bytes(self, to: *mut i8) -> Self::Ints {
+        // SAFETY: see above.
+        unsafe { let ints = _mm512_cvtps_epi32(self.0);
+            _mm_storeu_si128(to.cast(), _mm512_cvtsepi32_epi8(ints));
+            ints }
+    }
+
+    #[inline(always)]
+    unsafe fn magnitude_bits(self) -> Self::Ints {
+        // SAFETY: see above.
+        unsafe { _mm512_and_si512(_mm512_castps_si512(self.0), _mm512_set1_epi32(0x7fff_ffff)) }
+    }
+
+    #[inline(always)]
     unsafe fn zero_ints() -> Self::Ints {
         // SAFETY: see above.
         unsafe { _mm512_setzero_si512() }
@@ -215,6 +277,12 @@ impl Lanes for Zmm {
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
         // SAFETY: see above.
         unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn max_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        // SAFETY: see above.
+        unsafe { _mm512_max_epi32(a, b) }
     }
 
     #[inline(always)]
