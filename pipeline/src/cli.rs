@@ -67,7 +67,7 @@ enum Command {
 struct RunArgs {
     /// The pipeline's definition
     file: PathBuf,
-    /// Dataflow workers; each has an engine of its own, and they share the cores and the weights
+    /// Dataflow workers, which render and tokenize; the engines are the definition's, whatever their number
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: u16,
     /// Replace output that is finished or was made by another definition
@@ -85,8 +85,6 @@ struct RunArgs {
 struct ExplainArgs {
     /// The pipeline's definition
     file: PathBuf,
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
-    workers: u16,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -233,7 +231,7 @@ fn run_command(args: &RunArgs) -> Result<(), CliError> {
 fn explain_command(args: &ExplainArgs) -> Result<(), CliError> {
     let checked = checked(&args.file)?;
     let graph = graph(&checked.plan);
-    let explanation = explain(checked, args.workers.into(), &|what| eprintln!("{what} …"))?;
+    let explanation = explain(checked, &|what| eprintln!("{what} …"))?;
     if args.json {
         let text = serde_json::to_string_pretty(&explanation).expect("plain data");
         return print(&(text + "\n"));

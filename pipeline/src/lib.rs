@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod clock;
+pub mod cores;
 pub mod explain;
 pub mod models;
 pub mod plan;
