@@ -10,6 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use tidemill_kernels::gguf::Gguf;
 
+use crate::bench::{Bench, BenchError, bench};
 use crate::explain::{ExplainError, explain, graph};
 use crate::models::catalogue::{CATALOGUE, FAKE, ModelRef, resolve};
 use crate::models::pull::{PullError, pull, verified};
@@ -35,6 +36,7 @@ Examples:
   tidemill check pipeline.yaml         find mistakes before anything runs
   tidemill explain pipeline.yaml       count tokens and shared prefixes beforehand
   tidemill run pipeline.yaml           run it; after a crash, run it again to go on
+  tidemill bench engine                prefill and decode speed, beside what the machine can do
   tidemill models pull smollm2-135m-instruct
 
 Exit codes: 0 done, 1 failed, 2 wrong definition or command line, 3 error budget exceeded, 130 interrupted.";
@@ -55,6 +57,9 @@ enum Command {
     Check { file: PathBuf },
     /// Show the graph and count the input's tokens, without running the model
     Explain(ExplainArgs),
+    /// Measure how fast this machine runs a model
+    #[command(subcommand)]
+    Bench(Bench),
     /// Fetch and look at models
     #[command(subcommand)]
     Models(ModelsCommand),
@@ -115,6 +120,8 @@ pub enum CliError {
     #[error(transparent)]
     Explain(#[from] ExplainError),
     #[error(transparent)]
+    Bench(#[from] BenchError),
+    #[error(transparent)]
     Pull(#[from] PullError),
     #[error(transparent)]
     Gguf(#[from] tidemill_kernels::gguf::GgufError),
@@ -137,7 +144,9 @@ pub enum CliError {
 impl CliError {
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Spec(_) | Self::UnknownModel { .. } => exit::USAGE,
+            Self::Spec(_)
+            | Self::UnknownModel { .. }
+            | Self::Bench(BenchError::UnknownModel { .. } | BenchError::Definition(_)) => exit::USAGE,
             Self::OverBudget { .. } => exit::OVER_BUDGET,
             Self::Interrupted => exit::INTERRUPTED,
             _ => exit::FAILED,
@@ -150,6 +159,7 @@ impl CliError {
             Self::Spec(error) => error.help.clone(),
             Self::Run(error) => error.help(),
             Self::Explain(error) => error.help(),
+            Self::Bench(error) => error.help(),
             Self::Pull(error) => Some(error.help()),
             Self::UnknownModel { nearest, .. } => Some(format!("known are: {nearest}")),
             Self::OverBudget { .. } => {
@@ -171,6 +181,7 @@ pub fn execute(cli: Cli) -> Result<(), CliError> {
             print(&format!("{} is fine: {num_steps} steps, model {model}\n", file.display()))
         }
         Command::Explain(args) => explain_command(&args),
+        Command::Bench(command) => Ok(bench(&command)?),
         Command::Models(command) => models_command(command),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -4,6 +4,7 @@
 //! behind the seams of `tidemill-kernels` and `tidemill-connectors`.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod cli;
 pub mod clock;
 pub mod cores;

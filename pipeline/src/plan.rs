@@ -89,6 +89,17 @@ pub struct EnginePlan {
     pub kv_cache_bytes: u64,
 }
 
+impl Default for EnginePlan {
+    fn default() -> Self {
+        Self {
+            max_num_seqs: DEFAULT_MAX_NUM_SEQS,
+            max_num_batched_tokens: DEFAULT_MAX_NUM_BATCHED_TOKENS,
+            page_size: DEFAULT_PAGE_SIZE,
+            kv_cache_bytes: DEFAULT_KV_CACHE_MEMORY,
+        }
+    }
+}
+
 /// The most that is read and not yet written.
 #[derive(Clone, Copy, Debug)]
 pub struct CreditPlan {

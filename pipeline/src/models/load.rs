@@ -176,6 +176,18 @@ impl LoadedModel {
         Ok(Engine::new(self.model(plan.page_size, num_pages, num_threads)?, config))
     }
 
+    /// Products a token takes in the layers, and in the output head where its next token is wanted; 0 without weights.
+    pub fn num_products(&self) -> (u64, u64) {
+        let Weights::Llama { weights, .. } = &self.weights else { return (0, 0) };
+        let config = &weights.config;
+        let (hidden, intermediate) = (u64::from(config.hidden_size), u64::from(config.intermediate_size));
+        let head_dim = u64::from(config.head_dim);
+        let (q_len, kv_len) =
+            (u64::from(config.num_heads) * head_dim, u64::from(config.num_kv_heads) * head_dim);
+        let layer = hidden * (2 * q_len + 2 * kv_len + 3 * intermediate);
+        (layer * u64::from(config.num_layers), hidden * u64::from(config.vocab_size))
+    }
+
     /// Keys and values of one token in all layers.
     pub fn kv_bytes_per_token(&self) -> u64 {
         match &self.weights {
