@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     fn params(temperature: f32, top_k: u32, top_p: f32, seed: u64) -> SamplingParams {
-        SamplingParams { temperature, top_p, top_k, seed }
+        SamplingParams { temperature, top_p, top_k, seed, ..SamplingParams::GREEDY }
     }
 
     /// How often each of four tokens is drawn over many positions.

@@ -1,6 +1,7 @@
 //! `group`: prompts leave in an order that reuses prefixes, at the rate the engines ask for them.
 //!
-//! One worker sees the whole window, so equal prefixes meet wherever they were tokenized. The window holds
+//! One worker sees the whole window, so equal prefixes meet wherever they were tokenized, and it routes each to
+//! one of the engines, however many workers there are. The window holds
 //! what the source's credit lets in and nothing waits for it to fill: prompts leave while an engine has room
 //! ([`Demand`]), and those that arrive meanwhile are planned together next. The order itself is in
 //! [`window`]; pages and cached prefixes are the engine's business.
@@ -21,12 +22,12 @@ use crate::Epoch;
 use crate::tokenize::Prompt;
 use window::Window;
 
-/// How many prompts each worker's engine has, and how many it wants.
+/// How many prompts each engine has, and how many it wants.
 ///
 /// `group` is the only one to raise a count, `infer` the only one to lower it.
 #[derive(Debug)]
 pub struct Demand {
-    /// `[num_workers]`
+    /// `[num_engines]`
     outstanding: Vec<AtomicUsize>,
     target: usize,
     group: OnceLock<SyncActivator>,
@@ -34,28 +35,28 @@ pub struct Demand {
 
 impl Demand {
     /// Each engine is handed prompts until it has `target` of them.
-    pub fn new(num_workers: usize, target: usize) -> Self {
+    pub fn new(num_engines: usize, target: usize) -> Self {
         assert!(target > 0);
-        let outstanding = (0..num_workers).map(|_| AtomicUsize::new(0)).collect();
+        let outstanding = (0..num_engines).map(|_| AtomicUsize::new(0)).collect();
         Self { outstanding, target, group: OnceLock::new() }
     }
 
-    fn take(&self, worker: usize) -> bool {
-        if self.outstanding[worker].load(Ordering::Acquire) >= self.target {
+    fn take(&self, engine: usize) -> bool {
+        if self.outstanding[engine].load(Ordering::Acquire) >= self.target {
             return false;
         }
-        self.outstanding[worker].fetch_add(1, Ordering::AcqRel);
+        self.outstanding[engine].fetch_add(1, Ordering::AcqRel);
         true
     }
 
-    fn give_back(&self, worker: usize) {
-        let before = self.outstanding[worker].fetch_sub(1, Ordering::AcqRel);
+    fn give_back(&self, engine: usize) {
+        let before = self.outstanding[engine].fetch_sub(1, Ordering::AcqRel);
         assert!(before > 0, "more prompts finished than were handed out");
     }
 
-    /// A prompt of this worker is finished: there is room for another.
-    pub fn finished(&self, worker: usize) {
-        self.give_back(worker);
+    /// A prompt of this engine is finished: there is room for another.
+    pub fn finished(&self, engine: usize) {
+        self.give_back(engine);
         if let Some(group) = self.group.get() {
             // Fails only when the worker is gone, and then nobody needs waking.
             let _ = group.activate();
@@ -65,7 +66,7 @@ impl Demand {
 
 /// Extension trait of prompt streams.
 pub trait Group<'scope> {
-    /// Orders prompts by shared prefix and size and hands each to a worker.
+    /// Orders prompts by shared prefix and size and hands each to an engine.
     fn group(self, demand: Arc<Demand>) -> StreamVec<'scope, Epoch, Prompt>;
 }
 
@@ -75,12 +76,12 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
         let worker_index = wake.index();
         let to_first = Exchange::new(|_: &Prompt| 0);
         self.unary::<CapacityContainerBuilder<Vec<Prompt>>, _, _, _>(to_first, "Group", move |_, info| {
-            let num_workers = demand.outstanding.len();
+            let num_engines = demand.outstanding.len();
             if worker_index == 0 {
                 // Set once: a second dataflow over the same demand would be a bug of the renderer.
                 demand.group.set(wake.sync_activator_for(info.address.to_vec())).expect("one group a demand");
             }
-            let mut window: Window<(Epoch, Prompt)> = Window::new(num_workers);
+            let mut window: Window<(Epoch, Prompt)> = Window::new(num_engines);
             let mut held: BTreeMap<Epoch, (Capability<Epoch>, usize)> = BTreeMap::new();
             move |input, output| {
                 input.for_each(|capability, prompts| {
@@ -91,13 +92,13 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                         window.insert(Arc::clone(&prompt.token_ids), (epoch, prompt));
                     }
                 });
-                for worker in 0..num_workers {
-                    while !window.is_empty() && demand.take(worker) {
-                        let Some((epoch, mut prompt)) = window.next_for(worker) else {
-                            demand.give_back(worker);
+                for engine in 0..num_engines {
+                    while !window.is_empty() && demand.take(engine) {
+                        let Some((epoch, mut prompt)) = window.next_for(engine) else {
+                            demand.give_back(engine);
                             break;
                         };
-                        prompt.worker = worker as u32;
+                        prompt.engine = engine as u32;
                         let (capability, count) = held.get_mut(&epoch).expect("held with its first prompt");
                         output.session(&*capability).give(prompt);
                         *count -= 1;

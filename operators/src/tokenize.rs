@@ -26,8 +26,8 @@ pub struct Prompt {
     pub max_tokens: u32,
     pub sampling: SamplingParams,
     pub key: JournalKey,
-    /// The worker whose engine answers it; set by `group`.
-    pub worker: u32,
+    /// The engine that answers it; set by `group`.
+    pub engine: u32,
 }
 
 /// What a model brings to the text side; shared by all steps.
@@ -61,7 +61,7 @@ impl PromptBuilder {
                 let sampling = self.sampling_of(&document);
                 let key = JournalKey::new(&self.model.digest, &token_ids, self.max_tokens, &sampling);
                 let token_ids = token_ids.into();
-                Ok(Prompt { document, token_ids, max_tokens: self.max_tokens, sampling, key, worker: 0 })
+                Ok(Prompt { document, token_ids, max_tokens: self.max_tokens, sampling, key, engine: 0 })
             }
             Err((kind, message)) => Err(RecordError {
                 id: document.id,

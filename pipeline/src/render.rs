@@ -87,7 +87,7 @@ pub fn render<'scope>(
     scope: Scope<'scope, Epoch>,
     shared: &Shared,
     builders: Vec<PromptBuilder>,
-    engine: &EngineHandle,
+    engines: &[EngineHandle],
     input: Option<SourceThread>,
     output: Option<SinkThread>,
 ) -> ProbeHandle<Epoch> {
@@ -119,7 +119,7 @@ pub fn render<'scope>(
             Arc::clone(&shared.counters),
             shared.failure.clone(),
         );
-        let inferred = prompts.group(Arc::clone(demand)).infer(step, engine.clone(), Arc::clone(demand));
+        let inferred = prompts.group(Arc::clone(demand)).infer(step, engines.to_vec(), Arc::clone(demand));
         documents = scope.concatenate([answered, inferred]);
         errors.push(refused);
     }
