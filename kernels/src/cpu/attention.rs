@@ -14,10 +14,9 @@ use rayon::prelude::*;
 use self::cohorts::{Cohort, Cohorts};
 use self::tile::{Tile, TileCopy};
 use super::dots::{Dots, QUAD_BYTES};
-use super::elementwise::exp;
 use super::isa::{Kernel, Lanes};
 use super::kv_cache::{KvCache, head_rotation};
-use super::quantize::{quantize, rotate};
+use super::quantize::{MAX_BYTE, quantize, rotate};
 use super::scratch::{PerThread, grow};
 use super::shared::SharedMut;
 use super::tiles::Tiles;
@@ -27,6 +26,8 @@ use crate::step::StepBatch;
 
 /// Positions between two rescalings.
 pub(super) const TILE_LEN: usize = 64;
+
+const TILE_VECTORS: usize = TILE_LEN / LANES;
 
 /// Query heads of all rows of a task: they share the loads of keys and values.
 const MAX_HEAD_ROWS: usize = 64;
@@ -92,7 +93,8 @@ struct Scratch {
     total: Vec<f32>,
     /// One head.
     query: Vec<f32>,
-    copy: TileCopy,
+    /// None only while it is in use.
+    copy: Option<Box<TileCopy>>,
 }
 
 impl Scratch {
@@ -199,10 +201,10 @@ impl Attend<'_> {
         let head_rows = rows.start * group_len..rows.end * group_len;
         // Rows are in order of their positions within a sequence, and those of a cohort beyond its shared tiles.
         let first_visible = rows.clone().map(|row| self.visible(row).start).min().unwrap_or(0);
+        let mut copy = self.scratch.copy.take().unwrap_or_default();
         for index in range.start.max(first_visible / TILE_LEN)..range.end {
             let first = index * TILE_LEN;
             let len = TILE_LEN.min(rows.clone().map(|row| self.position(row)).max().unwrap_or(0) + 1 - first);
-            let mut copy = std::mem::take(&mut self.scratch.copy);
             let tile = Tile::new(self.shape, self.cache, pages, self.kv_head, first, len, &mut copy);
             self.scores::<V>(tiles, &tile, head_rows.clone());
             for row in rows.clone() {
@@ -214,8 +216,8 @@ impl Attend<'_> {
                 }
             }
             self.add_values::<V>(tiles, &tile, head_rows.clone());
-            self.scratch.copy = copy;
         }
+        self.scratch.copy = Some(copy);
     }
 
     /// Exact products of queries and keys.
@@ -225,7 +227,7 @@ impl Attend<'_> {
         let padded_rows = head_rows.len().next_multiple_of(16);
         let dots = Dots {
             num_rows: head_rows.len(),
-            num_vectors: TILE_LEN / LANES,
+            num_vectors: TILE_VECTORS,
             num_quads: head_dim / 4,
             a: self.scratch.queries[head_rows.start * head_dim..][..padded_rows * head_dim].as_ptr().cast(),
             a_row_stride: head_dim,
@@ -242,39 +244,69 @@ impl Attend<'_> {
 
     /// Turns scores into weights relative to the highest score so far; `at` is the row among those of the scores.
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "vectors index sums, scales and bytes alike")]
     fn weigh<V: Lanes>(&mut self, head_row: usize, at: usize, tile: &Tile<'_>, valid: std::ops::Range<usize>) {
         let Scratch { ints, weights, query_scales, query_sums, weight_scales, rescales, max, total, .. } =
             &mut *self.scratch;
-        let bytes: &mut [i8; TILE_LEN] =
-            (&mut weights[at * TILE_LEN..(at + 1) * TILE_LEN]).try_into().expect("cut to its length");
+        let bytes = &mut weights[at * TILE_LEN..(at + 1) * TILE_LEN];
         if valid.is_empty() {
             bytes.fill(0);
             (weight_scales[at], rescales[at]) = (0.0, 1.0);
             return;
         }
-        let ints: &[i32; TILE_LEN] =
-            ints[at * TILE_LEN..(at + 1) * TILE_LEN].try_into().expect("cut to its length");
-        let (offset, scale) = (-OFFSET * query_sums[head_row], query_scales[head_row]);
-        let (first, len) = (valid.start as u32, valid.len() as u32);
-        let is_valid = |i: usize| (i as u32).wrapping_sub(first) < len;
-        let mut scores = [0.0f32; TILE_LEN];
-        for i in 0..TILE_LEN {
-            let score = (ints[i] + offset) as f32 * (scale * tile.key_scales[i]);
-            scores[i] = if is_valid(i) { score } else { f32::NEG_INFINITY };
+        let ints = &ints[at * TILE_LEN..(at + 1) * TILE_LEN];
+        let is_partial = valid.len() < TILE_LEN;
+        let old_max = max[head_row];
+        // SAFETY: this is compiled for `V`; the rows were cut to a tile, and vectors of a tile are in bounds.
+        unsafe {
+            let offset = V::splat_ints(-OFFSET * query_sums[head_row]);
+            let scale = V::splat(query_scales[head_row]);
+            // Loops instead of closures: a closure may be compiled apart, without the instruction set.
+            let mut vectors = [V::splat(0.0); TILE_VECTORS];
+            let mut highest = V::splat(old_max);
+            for n in 0..TILE_VECTORS {
+                let ints = V::add_ints(V::load_ints(ints[n * LANES..].as_ptr()), offset);
+                let scale = scale.mul(V::load(tile.key_scales[n * LANES..].as_ptr()));
+                vectors[n] = V::from_ints(ints).mul(scale);
+            }
+            if is_partial {
+                mask(&mut vectors, &valid, f32::NEG_INFINITY);
+            }
+            for vector in vectors {
+                highest = highest.max(vector);
+            }
+            let new_max = reduce_max(highest);
+            let minus_max = V::splat(-new_max);
+            for vector in &mut vectors {
+                *vector = exp_lanes(vector.add(minus_max));
+            }
+            if is_partial {
+                mask(&mut vectors, &valid, 0.0);
+            }
+            let mut sum = V::splat(0.0);
+            for n in 0..TILE_VECTORS {
+                sum = sum.add(vectors[n]);
+                vectors[n] = vectors[n].mul(V::load(tile.value_scales[n * LANES..].as_ptr()));
+            }
+            if is_partial {
+                // Again, as a slot that was never written may have any scale.
+                mask(&mut vectors, &valid, 0.0);
+            }
+            let mut largest = vectors[0];
+            for vector in &vectors[1..] {
+                largest = largest.max(*vector);
+            }
+            let largest = reduce_max(largest);
+            let inverse = V::splat(if largest > 0.0 { MAX_BYTE / largest } else { 0.0 });
+            for n in 0..TILE_VECTORS {
+                vectors[n].mul(inverse).round_to_bytes(bytes[n * LANES..].as_mut_ptr());
+            }
+            let rescale = first(exp_lanes(V::splat(old_max).add(minus_max)));
+            weight_scales[at] = largest / MAX_BYTE;
+            rescales[at] = rescale;
+            total[head_row] = total[head_row].mul_add(rescale, reduce_sum(sum));
+            max[head_row] = new_max;
         }
-        let new_max = lane_max(&scores, max[head_row]);
-        let rescale = exp(max[head_row] - new_max);
-        let mut scaled = [0.0f32; TILE_LEN];
-        for i in 0..TILE_LEN {
-            let weight = exp(scores[i] - new_max);
-            scores[i] = if is_valid(i) { weight } else { 0.0 };
-            // Chosen after the product: a slot that was never written may have any scale.
-            scaled[i] = if is_valid(i) { weight * tile.value_scales[i] } else { 0.0 };
-        }
-        (weight_scales[at], _) = quantize::<V>(&scaled, bytes);
-        rescales[at] = rescale;
-        total[head_row] = total[head_row].mul_add(rescale, lane_sum(&scores));
-        max[head_row] = new_max;
     }
 
     /// Adds the weighted values of a tile to the rescaled sums.
@@ -333,34 +365,77 @@ impl Attend<'_> {
     }
 }
 
-/// The highest of a tile and of `start`; a NaN may be passed over, the sums will show it.
+/// Replaces the numbers of positions that are not valid; a NaN of one that is becomes infinite, and so stays seen.
+///
+/// # Safety
+/// To be called below [`Isa::run`] with the vectors of that instruction set.
 #[inline(always)]
-fn lane_max(values: &[f32; TILE_LEN], start: f32) -> f32 {
-    let mut lanes = [start; LANES];
-    for chunk in values.as_chunks::<LANES>().0 {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane = if *value > *lane { *value } else { *lane };
-        }
+unsafe fn mask<V: Lanes>(values: &mut [V; TILE_VECTORS], valid: &std::ops::Range<usize>, other: f32) {
+    let mut bounds = [other; TILE_LEN];
+    bounds[valid.clone()].fill(f32::INFINITY);
+    for (n, value) in values.iter_mut().enumerate() {
+        // SAFETY: by the contract; the bounds are whole vectors.
+        *value = unsafe { value.min(V::load(bounds[n * LANES..].as_ptr())) };
     }
-    halve(lanes, |a, b| if b > a { b } else { a })
 }
 
-/// One sum a lane, then the lanes by halves.
+/// `e^x` for `x` up to 0, to about 4e-6; below -87 a tiny number. NaN stays NaN.
+///
+/// # Safety
+/// To be called below [`Isa::run`] with the vectors of that instruction set.
 #[inline(always)]
-fn lane_sum(values: &[f32; TILE_LEN]) -> f32 {
-    let mut lanes = [0.0; LANES];
-    for chunk in values.as_chunks::<LANES>().0 {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane += value;
+#[expect(clippy::excessive_precision, reason = "the coefficients are the nearest f32 of a minimax fit of 2^r")]
+unsafe fn exp_lanes<V: Lanes>(x: V) -> V {
+    // Adding it rounds to an integer, which then is in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    // SAFETY: by the contract.
+    unsafe {
+        // The order of the two makes the maximum of NaN a NaN.
+        let power = V::splat(-126.0).max(x.mul(V::splat(std::f32::consts::LOG2_E)));
+        let rounded = power.add(V::splat(ROUND));
+        let rest = power.add(rounded.add(V::splat(-ROUND)).mul(V::splat(-1.0)));
+        let mut sum = V::splat(9.570_099_41e-3);
+        for coefficient in [5.591_785_9e-2, 2.402_474_43e-1, 6.931_217_9e-1, 9.999_992_8e-1] {
+            sum = V::splat(coefficient).fma(sum, rest);
         }
+        sum.mul(rounded.power_of_two())
     }
-    halve(lanes, |a, b| a + b)
 }
 
-/// Combines the two halves of the lanes until one is left.
+/// # Safety
+/// To be called below [`Isa::run`] with the vectors of that instruction set.
 #[inline(always)]
-fn halve(lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
-    let eight: [f32; 8] = std::array::from_fn(|i| combine(lanes[i], lanes[i + 8]));
-    let four: [f32; 4] = std::array::from_fn(|i| combine(eight[i], eight[i + 4]));
-    combine(combine(four[0], four[2]), combine(four[1], four[3]))
+unsafe fn reduce_max<V: Lanes>(lanes: V) -> f32 {
+    // SAFETY: by the contract.
+    unsafe {
+        let lanes = lanes.max(lanes.swap::<8>());
+        let lanes = lanes.max(lanes.swap::<4>());
+        let lanes = lanes.max(lanes.swap::<2>());
+        first(lanes.max(lanes.swap::<1>()))
+    }
+}
+
+/// All lanes added, by halves.
+///
+/// # Safety
+/// To be called below [`Isa::run`] with the vectors of that instruction set.
+#[inline(always)]
+unsafe fn reduce_sum<V: Lanes>(lanes: V) -> f32 {
+    // SAFETY: by the contract.
+    unsafe {
+        let lanes = lanes.add(lanes.swap::<8>());
+        let lanes = lanes.add(lanes.swap::<4>());
+        let lanes = lanes.add(lanes.swap::<2>());
+        first(lanes.add(lanes.swap::<1>()))
+    }
+}
+
+/// # Safety
+/// To be called below [`Isa::run`] with the vectors of that instruction set.
+#[inline(always)]
+unsafe fn first<V: Lanes>(lanes: V) -> f32 {
+    let mut all = [0.0; LANES];
+    // SAFETY: by the contract; the array is a whole vector.
+    unsafe { lanes.store(all.as_mut_ptr()) };
+    all[0]
 }

@@ -50,11 +50,18 @@ pub(crate) trait Lanes: Copy {
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
+    unsafe fn add(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
+    /// The larger one; `other` if one is NaN.
+    unsafe fn max(self, other: Self) -> Self;
+    /// The smaller one; `other` if one is NaN.
+    unsafe fn min(self, other: Self) -> Self;
     /// `self + a * b`, rounded once.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// Each integer rounded to the nearest number.
     unsafe fn from_ints(ints: Self::Ints) -> Self;
+    /// Two to the power of an integer from -126 to 127, given as its low bits are after adding 1.5 * 2^23.
+    unsafe fn power_of_two(self) -> Self;
     /// Lane `i` becomes lane `i ^ DISTANCE`, which is 1, 2, 4 or 8.
     unsafe fn swap<const DISTANCE: usize>(self) -> Self;
     /// Rounds numbers between -127 and 127 to the nearest byte, ties to even; returns the bytes as integers.

@@ -4,6 +4,8 @@
 //! increasing groups, one fused multiply-add each. Tasks are blocks of rows times chunks of panels: a block of rows
 //! stays in the L2 cache while its panels go by, and with few rows the op is bound by reading the weights once.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::dots::{Dots, QUAD_BYTES};
@@ -18,10 +20,16 @@ use super::{Isa, LANES, Matrix, OFFSET};
 /// Rows of one task.
 const MAX_TASK_ROWS: usize = 128;
 
-/// Rows and panels whose sums are kept at once: a corner of the L1 cache.
+/// Rows whose sums are kept at once: a corner of the L1 cache.
 const BLOCK_ROWS: usize = 32;
-const BLOCK_PANELS: usize = 4;
-const BLOCK_COLUMNS: usize = BLOCK_PANELS * LANES;
+/// Sums of a row that are kept at once, in vectors.
+const BLOCK_PANELS: usize = 2;
+/// So few rows are bound by reading weights: more vectors are then under way at once.
+const FEW_ROWS: usize = 4;
+const FEW_ROWS_PANELS: usize = 4;
+/// Groups whose exact sums are kept until they are scaled in one go.
+const BLOCK_GROUPS: usize = 4;
+const BLOCK_LEN: usize = BLOCK_ROWS * BLOCK_PANELS * LANES;
 
 /// Tasks for each thread, so that a slow one is made up for.
 const TASKS_PER_THREAD: usize = 4;
@@ -29,18 +37,17 @@ const TASKS_PER_THREAD: usize = 4;
 /// Below this many products one thread is faster than waking another.
 const MIN_PRODUCTS_PER_TASK: usize = 1 << 16;
 
-/// Sums of a block, `[BLOCK_ROWS, BLOCK_COLUMNS]`
+/// Sums of a block.
 pub(crate) struct BlockSums {
-    ints: Box<[i32; BLOCK_ROWS * BLOCK_COLUMNS]>,
-    floats: Box<[f32; BLOCK_ROWS * BLOCK_COLUMNS]>,
+    /// `[BLOCK_GROUPS, rows, columns]`
+    ints: Box<[i32; BLOCK_GROUPS * BLOCK_LEN]>,
+    /// `[rows, columns]`
+    floats: Box<[f32; BLOCK_LEN]>,
 }
 
 impl Default for BlockSums {
     fn default() -> Self {
-        Self {
-            ints: Box::new([0; BLOCK_ROWS * BLOCK_COLUMNS]),
-            floats: Box::new([0.0; BLOCK_ROWS * BLOCK_COLUMNS]),
-        }
+        Self { ints: Box::new([0; BLOCK_GROUPS * BLOCK_LEN]), floats: Box::new([0.0; BLOCK_LEN]) }
     }
 }
 
@@ -66,7 +73,7 @@ pub(super) fn linear(isa: Isa, scratch: &mut LinearScratch, x: &[f32], weight: &
     let tasks_wanted =
         (products / MIN_PRODUCTS_PER_TASK).clamp(1, rayon::current_num_threads() * TASKS_PER_THREAD);
     let chunks_wanted = tasks_wanted.div_ceil(num_blocks.max(1));
-    let chunk_panels = weight.num_panels().div_ceil(chunks_wanted).next_multiple_of(BLOCK_PANELS);
+    let chunk_panels = weight.num_panels().div_ceil(chunks_wanted).next_multiple_of(FEW_ROWS_PANELS);
     let num_chunks = weight.num_panels().div_ceil(chunk_panels);
     let shared = SharedMut::new(out);
     let compute = |task: usize| {
@@ -150,7 +157,7 @@ struct Task<'a> {
     weight: &'a Matrix,
     first_row: usize,
     num_rows: usize,
-    panels: std::ops::Range<usize>,
+    panels: Range<usize>,
     sums: &'a mut BlockSums,
     out: SharedMut<'a, f32>,
 }
@@ -159,11 +166,12 @@ impl Kernel for Task<'_> {
     #[inline(always)]
     fn run<V: Lanes>(mut self) {
         let tiles = self.isa.has_tiles().then(Tiles::new);
-        for panel in self.panels.clone().step_by(BLOCK_PANELS) {
-            let num_panels = BLOCK_PANELS.min(self.panels.end - panel);
+        let block_panels = if self.num_rows <= FEW_ROWS { FEW_ROWS_PANELS } else { BLOCK_PANELS };
+        for panel in self.panels.clone().step_by(block_panels) {
+            let panels = panel..self.panels.end.min(panel + block_panels);
             for row in (self.first_row..self.first_row + self.num_rows).step_by(BLOCK_ROWS) {
                 let num_rows = BLOCK_ROWS.min(self.first_row + self.num_rows - row);
-                self.block::<V>(tiles.as_ref(), row, num_rows, panel, num_panels);
+                self.block::<V>(tiles.as_ref(), row, num_rows, panels.clone());
             }
         }
     }
@@ -171,73 +179,109 @@ impl Kernel for Task<'_> {
 
 impl Task<'_> {
     #[inline(always)]
-    fn block<V: Lanes>(
+    fn block<V: Lanes>(&mut self, tiles: Option<&Tiles>, row: usize, num_rows: usize, panels: Range<usize>) {
+        let num_groups = self.weight.layout.num_groups();
+        for first_group in (0..num_groups).step_by(BLOCK_GROUPS) {
+            let groups = first_group..num_groups.min(first_group + BLOCK_GROUPS);
+            for group in groups.clone() {
+                self.dots::<V>(tiles, row, num_rows, panels.clone(), group, group - first_group);
+            }
+            // Scaled group by group in one chain; how many at once changes no bit.
+            for (n, panel) in panels.clone().enumerate() {
+                match groups.len() {
+                    1 => self.scale::<V, 1>(row, num_rows, n, panel, panels.len(), first_group),
+                    2 => self.scale::<V, 2>(row, num_rows, n, panel, panels.len(), first_group),
+                    3 => self.scale::<V, 3>(row, num_rows, n, panel, panels.len(), first_group),
+                    _ => self.scale::<V, BLOCK_GROUPS>(row, num_rows, n, panel, panels.len(), first_group),
+                }
+            }
+        }
+        self.store::<V>(row, num_rows, panels);
+    }
+
+    /// The exact sums of a group.
+    #[inline(always)]
+    fn dots<V: Lanes>(
         &mut self,
         tiles: Option<&Tiles>,
         row: usize,
         num_rows: usize,
-        panel: usize,
-        num_panels: usize,
+        panels: Range<usize>,
+        group: usize,
+        at: usize,
     ) {
         let layout = &self.weight.layout;
         let padded_len = layout.padded_len();
         let bytes = &self.rows.bytes[row * padded_len..(row + num_rows.next_multiple_of(16)) * padded_len];
-        let panel_stride = self.weight.panel_stride();
-        let panels = &self.weight.panels()[panel * panel_stride..(panel + num_panels) * panel_stride];
-        for group in 0..layout.num_groups() {
-            let (_, padded) = layout.group(group);
-            let dots = Dots {
-                num_rows,
-                num_vectors: num_panels,
-                num_quads: padded.len() / 4,
-                a: bytes[padded.start..].as_ptr().cast(),
-                a_row_stride: padded_len,
-                b: panels[padded.start * LANES..].as_ptr(),
-                b_vector_stride: panel_stride,
-                b_quad_stride: QUAD_BYTES,
-                sums: self.sums.ints.as_mut_ptr(),
-                sums_row_stride: BLOCK_COLUMNS,
-            };
-            // SAFETY: the slices were cut to rows up to a multiple of 16 and to the panels; a group lies within a
-            // row; the sums have room for a whole block, and 16 divides its rows.
-            unsafe { dots.compute::<V, true>(tiles) };
-            self.scale::<V>(row, num_rows, panel, num_panels, group);
-        }
-        self.store::<V>(row, num_rows, panel, num_panels);
+        let stride = self.weight.panel_stride();
+        let packed = &self.weight.panels()[panels.start * stride..panels.end * stride];
+        let (_, padded) = layout.group(group);
+        let dots = Dots {
+            num_rows,
+            num_vectors: panels.len(),
+            num_quads: padded.len() / 4,
+            a: bytes[padded.start..].as_ptr().cast(),
+            a_row_stride: padded_len,
+            b: packed[padded.start * LANES..].as_ptr(),
+            b_vector_stride: stride,
+            b_quad_stride: QUAD_BYTES,
+            sums: self.sums.ints[at * BLOCK_LEN..(at + 1) * BLOCK_LEN].as_mut_ptr(),
+            sums_row_stride: panels.len() * LANES,
+        };
+        // SAFETY: the slices were cut to rows up to a multiple of 16 and to the panels; a group lies within a
+        // row. The sums have room for all rows of a block and its panels, or for few rows and twice the panels.
+        unsafe { dots.compute::<V, true>(tiles) };
     }
 
-    /// Adds the exact sums of a group, scaled.
+    /// Scales the exact sums of `GROUPS` groups into the chain of each number of vector `n`, one of `num_vectors`.
     #[inline(always)]
-    fn scale<V: Lanes>(&mut self, row: usize, num_rows: usize, panel: usize, num_panels: usize, group: usize) {
+    fn scale<V: Lanes, const GROUPS: usize>(
+        &mut self,
+        row: usize,
+        num_rows: usize,
+        n: usize,
+        panel: usize,
+        num_vectors: usize,
+        first_group: usize,
+    ) {
         let num_groups = self.weight.layout.num_groups();
-        let scales = &self.weight.scales()[panel * num_groups * LANES..(panel + num_panels) * num_groups * LANES];
+        let weight_scales = &self.weight.scales()[(panel * num_groups + first_group) * LANES..][..GROUPS * LANES];
+        let range = row * num_groups + first_group..(row + num_rows - 1) * num_groups + first_group + GROUPS;
+        let (row_scales, row_sums) = (&self.rows.scales[range.clone()], &self.rows.sums[range]);
+        let row_len = num_vectors * LANES;
+        assert!(num_rows * row_len <= BLOCK_LEN);
         let BlockSums { ints, floats } = &mut *self.sums;
-        let rows = ints.chunks_exact(BLOCK_COLUMNS).zip(floats.chunks_exact_mut(BLOCK_COLUMNS));
-        for (i, (ints, floats)) in rows.take(num_rows).enumerate() {
-            let at = (row + i) * num_groups + group;
-            let (row_scale, row_sum) = (self.rows.scales[at], self.rows.sums[at]);
-            for n in 0..num_panels {
-                // SAFETY: vector `n` lies within the rows of the sums, and scales were cut to the panels.
-                unsafe {
-                    let ints = V::load_ints(ints[n * LANES..][..LANES].as_ptr());
-                    let ints = V::add_ints(ints, V::splat_ints(-OFFSET * row_sum));
-                    let weight_scales = V::load(scales[(n * num_groups + group) * LANES..][..LANES].as_ptr());
-                    let scale = V::splat(row_scale).mul(weight_scales);
-                    let floats = floats[n * LANES..][..LANES].as_mut_ptr();
-                    let before = if group == 0 { V::splat(0.0) } else { V::load(floats) };
-                    before.fma(V::from_ints(ints), scale).store(floats);
+        // SAFETY: rows and groups lie within the slices cut above, vector `n` within a row of the sums, and
+        // all rows within a block, as was asserted.
+        unsafe {
+            let mut scales = [V::splat(0.0); GROUPS];
+            for (group, scales) in scales.iter_mut().enumerate() {
+                *scales = V::load(weight_scales[group * LANES..].as_ptr());
+            }
+            for i in 0..num_rows {
+                let at = i * row_len + n * LANES;
+                let floats = floats.as_mut_ptr().add(at);
+                let mut sum = if first_group == 0 { V::splat(0.0) } else { V::load(floats) };
+                for (group, weight_scales) in scales.iter().enumerate() {
+                    let row_group = i * num_groups + group;
+                    let offset = V::splat_ints(-OFFSET * row_sums.get_unchecked(row_group));
+                    let ints = V::add_ints(V::load_ints(ints.as_ptr().add(group * BLOCK_LEN + at)), offset);
+                    let scale = weight_scales.mul(V::splat(*row_scales.get_unchecked(row_group)));
+                    sum = sum.fma(V::from_ints(ints), scale);
                 }
+                sum.store(floats);
             }
         }
     }
 
     /// Copies a finished block; the last panel may reach beyond the outputs.
     #[inline(always)]
-    fn store<V: Lanes>(&mut self, row: usize, num_rows: usize, panel: usize, num_panels: usize) {
+    fn store<V: Lanes>(&mut self, row: usize, num_rows: usize, panels: Range<usize>) {
         let num_outputs = self.weight.num_outputs;
-        let num_columns = (num_panels * LANES).min(num_outputs - panel * LANES);
-        for (i, floats) in self.sums.floats.chunks_exact(BLOCK_COLUMNS).take(num_rows).enumerate() {
-            let to = self.out.at((row + i) * num_outputs + panel * LANES, num_columns);
+        let row_len = panels.len() * LANES;
+        let num_columns = row_len.min(num_outputs - panels.start * LANES);
+        for (i, floats) in self.sums.floats.chunks_exact(row_len).take(num_rows).enumerate() {
+            let to = self.out.at((row + i) * num_outputs + panels.start * LANES, num_columns);
             let (vectors, rest) = floats[..num_columns].as_chunks::<LANES>();
             // SAFETY: `at` checked the bounds, and these outputs of these rows belong to this task alone.
             unsafe {
