@@ -10,5 +10,6 @@ pub mod gguf;
 pub mod models;
 pub mod quant;
 mod reference;
+pub mod safetensors;
 pub mod sample;
 pub mod step;
