@@ -1,119 +1,162 @@
-//! Reads the safetensors files of a Hugging Face folder, memory-mapped.
+//! Reads the weights of a Hugging Face folder: `model.safetensors`, or the shards that its index names.
 //!
-//! Invariant: every range lies inside its file and is as long as its shape says. Numbers other than F32, F16 and BF16
-//! are absent.
+//! Invariant: a [`Safetensors`] that opened is sound. Headers are bounded, the tensors of a shard fill its data without
+//! gap or overlap, each is as large as its shape and type say, and no name stands in two shards. So
+//! [`Safetensors::tensor`] fails only on a tensor that is missing or of a type that is not read.
+//! Nothing is copied: tensors are views of mapped files. What they mean is known to the models.
 
-use std::collections::BTreeMap;
+#[cfg(test)]
+mod fuzz;
+mod parse;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use serde::Deserialize;
 
+use self::parse::TensorInfo;
 use crate::gguf::TensorView;
-use crate::quant::Dtype;
 
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The index of a model with a hundred thousand tensors has about ten megabytes.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+const MAX_SHARDS: usize = 4096;
+
+/// Why a folder has no usable weights.
 #[derive(Debug, thiserror::Error)]
 pub enum SafetensorsError {
-    #[error("cannot read model file {path:?}")]
+    #[error("cannot read weights {path:?}")]
     Io {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
-    #[error("model file {path:?} is not a valid safetensors file: {what}")]
+    #[error("weights {path:?} are not valid: {what}")]
     Invalid { path: PathBuf, what: String },
-    #[error("model folder {path:?} has no tensor {name:?}")]
+    #[error("weights {path:?} have no tensor {name:?}")]
     MissingTensor { path: PathBuf, name: String },
+    #[error("tensor {name:?} of weights {path:?} has the type {dtype}, known are F32, F16 and BF16")]
+    UnknownDtype { path: PathBuf, name: String, dtype: String },
 }
 
+/// The open weights of a folder.
 #[derive(Debug)]
 pub struct Safetensors {
     path: PathBuf,
-    maps: Vec<Mmap>,
-    tensors: BTreeMap<String, Info>,
+    shards: Vec<Mmap>,
+    /// By name: the shard's number, and where in it.
+    tensors: BTreeMap<String, (usize, TensorInfo)>,
 }
 
-#[derive(Debug)]
-struct Info {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    map: usize,
-    range: std::ops::Range<usize>,
+/// `model.safetensors.index.json`, as far as it is needed.
+#[derive(Deserialize)]
+struct Index {
+    /// From a tensor's name to its shard's file name.
+    weight_map: BTreeMap<String, String>,
 }
 
 impl Safetensors {
+    /// Maps the files of a folder and checks all of their structure; the tensor data itself is not touched.
     pub fn open(folder: &Path) -> Result<Self, SafetensorsError> {
-        let mut files = vec!["model.safetensors".to_owned()];
-        let index = folder.join("model.safetensors.index.json");
-        if index.exists() {
-            let bytes = std::fs::read(&index)
-                .map_err(|source| SafetensorsError::Io { path: index.clone(), source })?;
-            let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
-            let names = json["weight_map"].as_object().into_iter().flatten();
-            files = names.filter_map(|(_, file)| Some(file.as_str()?.to_owned())).collect();
-            files.sort();
-            files.dedup();
+        let index_path = folder.join(INDEX_FILE);
+        let mut weights = Self { path: folder.to_owned(), shards: Vec::new(), tensors: BTreeMap::new() };
+        if folder.join(SINGLE_FILE).exists() || !index_path.exists() {
+            weights.add(SINGLE_FILE)?;
+            return Ok(weights);
         }
-        let mut all = Self { path: folder.to_owned(), maps: Vec::new(), tensors: BTreeMap::new() };
+        let index = read_index(&index_path)?;
+        let files: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
+        if files.len() > MAX_SHARDS {
+            let what = format!("{} shards, at most {MAX_SHARDS} are read", files.len());
+            return Err(SafetensorsError::Invalid { path: index_path, what });
+        }
+        let mut numbers = BTreeMap::new();
         for file in files {
-            all.add(&folder.join(file))?;
-        }
-        Ok(all)
-    }
-
-    fn add(&mut self, path: &Path) -> Result<(), SafetensorsError> {
-        let io_error = |source| SafetensorsError::Io { path: path.to_owned(), source };
-        let invalid = |what: &str| SafetensorsError::Invalid { path: path.to_owned(), what: what.to_owned() };
-        // SAFETY: the mapping is private and read-only.
-        let map = unsafe { Mmap::map(&File::open(path).map_err(io_error)?) }.map_err(io_error)?;
-        let head = map.first_chunk::<8>().ok_or_else(|| invalid("no header"))?;
-        let start = usize::try_from(u64::from_le_bytes(*head)).ok().and_then(|len| len.checked_add(8));
-        let header = start.and_then(|start| map.get(8..start)).ok_or_else(|| invalid("no header"))?;
-        let start = 8 + header.len();
-        let json: serde_json::Value =
-            serde_json::from_slice(header).map_err(|error| invalid(&error.to_string()))?;
-        for (name, info) in json.as_object().into_iter().flatten().filter(|(name, _)| *name != "__metadata__")
-        {
-            let number = |value: &serde_json::Value| value.as_u64().and_then(|v| usize::try_from(v).ok());
-            let dtype = match info["dtype"].as_str() {
-                Some("F32") => Dtype::F32,
-                Some("F16") => Dtype::F16,
-                Some("BF16") => Dtype::Bf16,
-                _ => return Err(invalid("unknown dtype")),
-            };
-            let shape: Option<Vec<usize>> =
-                info["shape"].as_array().and_then(|dims| dims.iter().map(number).collect());
-            let shape = shape.ok_or_else(|| invalid("no shape"))?;
-            let offsets = number(&info["data_offsets"][0]).zip(number(&info["data_offsets"][1]));
-            let (from, to) = offsets.ok_or_else(|| invalid("no offsets"))?;
-            let range = start.saturating_add(from)..start.saturating_add(to);
-            if map.get(range.clone()).map(<[u8]>::len) != dtype.size_bytes(&shape) {
-                return Err(invalid("a tensor of another size"));
+            if !is_plain_name(file) {
+                let what = format!("shard {file:?} is not a plain file name");
+                return Err(SafetensorsError::Invalid { path: index_path, what });
             }
-            self.tensors.insert(name.clone(), Info { dtype, shape, map: self.maps.len(), range });
+            numbers.insert(file, weights.shards.len());
+            weights.add(file)?;
         }
-        self.maps.push(map);
-        Ok(())
+        for (name, file) in &index.weight_map {
+            if weights.tensors.get(name).is_none_or(|(shard, _)| *shard != numbers[file.as_str()]) {
+                let what = format!("tensor {name:?} is not in shard {file:?}");
+                return Err(SafetensorsError::Invalid { path: index_path, what });
+            }
+        }
+        Ok(weights)
     }
 
+    /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// Names of all tensors, in order.
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, SafetensorsError> {
-        let info = self.tensors.get(name).ok_or_else(|| SafetensorsError::MissingTensor {
+        let Some((shard, info)) = self.tensors.get(name) else {
+            return Err(SafetensorsError::MissingTensor { path: self.path.clone(), name: name.to_owned() });
+        };
+        let dtype = info.dtype.as_ref().map_err(|dtype| SafetensorsError::UnknownDtype {
             path: self.path.clone(),
             name: name.to_owned(),
+            dtype: dtype.clone(),
         })?;
-        Ok(TensorView {
-            dtype: info.dtype,
-            shape: &info.shape,
-            data: &self.maps[info.map][info.range.clone()],
-        })
+        let data = &self.shards[*shard][info.range.clone()];
+        Ok(TensorView { dtype: *dtype, shape: &info.shape, data })
     }
+
+    fn add(&mut self, file: &str) -> Result<(), SafetensorsError> {
+        let path = self.path.join(file);
+        let map = map(&path)?;
+        let invalid = |what| SafetensorsError::Invalid { path: path.clone(), what };
+        let number = self.shards.len();
+        for (name, info) in parse::parse(&map).map_err(invalid)? {
+            if self.tensors.contains_key(&name) {
+                return Err(invalid(format!("tensor {name:?} is in another shard too")));
+            }
+            self.tensors.insert(name, (number, info));
+        }
+        self.shards.push(map);
+        Ok(())
+    }
+}
+
+fn map(path: &Path) -> Result<Mmap, SafetensorsError> {
+    let io_error = |source| SafetensorsError::Io { path: path.to_owned(), source };
+    let file = File::open(path).map_err(io_error)?;
+    if !file.metadata().map_err(io_error)?.is_file() {
+        return Err(io_error(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
+    }
+    // SAFETY: the mapping is private and read-only. Weights are never written in place: the hub's cache and ours put a
+    // new file beside the old one and rename it.
+    unsafe { Mmap::map(&file) }.map_err(io_error)
+}
+
+fn read_index(path: &Path) -> Result<Index, SafetensorsError> {
+    let io_error = |source| SafetensorsError::Io { path: path.to_owned(), source };
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(io_error)?;
+    file.take(MAX_INDEX_BYTES + 1).read_to_end(&mut text).map_err(io_error)?;
+    let invalid = |what| SafetensorsError::Invalid { path: path.to_owned(), what };
+    if text.len() as u64 > MAX_INDEX_BYTES {
+        return Err(invalid(format!("the index has more than {MAX_INDEX_BYTES} bytes")));
+    }
+    serde_json::from_slice(&text).map_err(|error| invalid(format!("the index is not readable: {error}")))
+}
+
+/// Whether a name stays within its folder.
+fn is_plain_name(name: &str) -> bool {
+    name.ends_with(".safetensors") && !name.starts_with('.') && !name.contains(['/', '\\', ':', '\0'])
 }
