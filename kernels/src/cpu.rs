@@ -6,10 +6,13 @@
 //! same bits, as do all shapes of blocks. No op splits a chain of f32 sums between threads.
 
 mod add;
+mod add_bias;
 mod attention;
 mod dots;
 mod elementwise;
 mod embed;
+mod gelu_mul;
+mod head_norm;
 mod isa;
 mod kv_cache;
 mod linear;
@@ -25,6 +28,8 @@ mod tiles;
 
 #[cfg(test)]
 mod tests;
+
+use std::ops::Range;
 
 pub(crate) use self::isa::Isa;
 pub(crate) use self::kv_cache::KvCache;
@@ -93,6 +98,21 @@ impl Backend for Cpu {
         linear::linear(self.isa, &mut scratch.linear, x, weight, out);
     }
 
+    fn add_bias(&self, bias: &[f32], x: &mut [f32]) {
+        add_bias::add_bias(self.isa, bias, x);
+    }
+
+    fn head_norm(
+        &self,
+        weight: &[f32],
+        epsilon: f32,
+        shape: &AttentionShape,
+        heads: Range<usize>,
+        qkv: &mut [f32],
+    ) {
+        head_norm::head_norm(self.isa, weight, epsilon, shape, heads, qkv);
+    }
+
     fn rope(&self, table: &RopeTable, shape: &AttentionShape, positions: &[u32], qkv: &mut [f32]) {
         rope::rope(self.isa, table, shape, positions, qkv);
     }
@@ -116,6 +136,10 @@ impl Backend for Cpu {
 
     fn silu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {
         silu_mul::silu_mul(self.isa, intermediate_size, gate_up, out);
+    }
+
+    fn gelu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {
+        gelu_mul::gelu_mul(self.isa, intermediate_size, gate_up, out);
     }
 
     fn add(&self, x: &mut [f32], y: &[f32]) {

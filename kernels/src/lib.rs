@@ -11,5 +11,6 @@ pub mod models;
 pub mod peak;
 pub mod quant;
 mod reference;
+pub mod safetensors;
 pub mod sample;
 pub mod step;

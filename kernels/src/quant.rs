@@ -6,6 +6,11 @@
 mod float;
 mod q4_0;
 mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
 
 #[cfg(test)]
@@ -22,6 +27,11 @@ pub enum Dtype {
     Q8_0,
     Q4_0,
     Q4_1,
+    Q5_0,
+    Q5_1,
+    Q4K,
+    Q5K,
+    Q6K,
 }
 
 /// A GGUF type that is not read (yet); displayed with its name.
@@ -46,11 +56,28 @@ pub fn dequantize(dtype: Dtype, data: &[u8], out: &mut [f32]) {
         Dtype::Q8_0 => q8_0::dequantize(data, out),
         Dtype::Q4_0 => q4_0::dequantize(data, out),
         Dtype::Q4_1 => q4_1::dequantize(data, out),
+        Dtype::Q5_0 => q5_0::dequantize(data, out),
+        Dtype::Q5_1 => q5_1::dequantize(data, out),
+        Dtype::Q4K => q4_k::dequantize(data, out),
+        Dtype::Q5K => q5_k::dequantize(data, out),
+        Dtype::Q6K => q6_k::dequantize(data, out),
     }
 }
 
 impl Dtype {
-    pub const ALL: [Self; 6] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4_0, Self::Q4_1];
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
 
     pub fn from_ggml(id: u32) -> Result<Self, UnknownDtype> {
         match id {
@@ -58,7 +85,12 @@ impl Dtype {
             1 => Ok(Self::F16),
             2 => Ok(Self::Q4_0),
             3 => Ok(Self::Q4_1),
+            6 => Ok(Self::Q5_0),
+            7 => Ok(Self::Q5_1),
             8 => Ok(Self::Q8_0),
+            12 => Ok(Self::Q4K),
+            13 => Ok(Self::Q5K),
+            14 => Ok(Self::Q6K),
             30 => Ok(Self::Bf16),
             _ => Err(UnknownDtype(id)),
         }
@@ -71,6 +103,11 @@ impl Dtype {
             Self::Q8_0 => q8_0::BLOCK_LEN,
             Self::Q4_0 => q4_0::BLOCK_LEN,
             Self::Q4_1 => q4_1::BLOCK_LEN,
+            Self::Q5_0 => q5_0::BLOCK_LEN,
+            Self::Q5_1 => q5_1::BLOCK_LEN,
+            Self::Q4K => q4_k::BLOCK_LEN,
+            Self::Q5K => q5_k::BLOCK_LEN,
+            Self::Q6K => q6_k::BLOCK_LEN,
         }
     }
 
@@ -81,6 +118,11 @@ impl Dtype {
             Self::Q8_0 => q8_0::BLOCK_BYTES,
             Self::Q4_0 => q4_0::BLOCK_BYTES,
             Self::Q4_1 => q4_1::BLOCK_BYTES,
+            Self::Q5_0 => q5_0::BLOCK_BYTES,
+            Self::Q5_1 => q5_1::BLOCK_BYTES,
+            Self::Q4K => q4_k::BLOCK_BYTES,
+            Self::Q5K => q5_k::BLOCK_BYTES,
+            Self::Q6K => q6_k::BLOCK_BYTES,
         }
     }
 
@@ -105,6 +147,11 @@ impl fmt::Display for Dtype {
             Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q4K => "Q4_K",
+            Self::Q5K => "Q5_K",
+            Self::Q6K => "Q6_K",
         })
     }
 }
@@ -112,14 +159,9 @@ impl fmt::Display for Dtype {
 impl fmt::Display for UnknownDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.0 {
-            6 => "Q5_0",
-            7 => "Q5_1",
             9 => "Q8_1",
             10 => "Q2_K",
             11 => "Q3_K",
-            12 => "Q4_K",
-            13 => "Q5_K",
-            14 => "Q6_K",
             15 => "Q8_K",
             16..=23 | 29 => "IQ",
             24..=28 => "integer or F64",
@@ -134,4 +176,10 @@ impl fmt::Display for UnknownDtype {
 /// Reads the f16 at the start of a block.
 fn f16_at(block: &[u8], at: usize) -> f32 {
     half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// The fifth bit of each of 32 numbers of five bits, in its place; the bits of all lie together at `at`.
+fn fifth_bits(block: &[u8], at: usize) -> impl Fn(usize) -> u8 {
+    let bits = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+    move |i| ((bits >> i & 1) << 4) as u8
 }

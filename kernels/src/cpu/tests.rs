@@ -148,6 +148,50 @@ fn silu_mul_equals_the_reference() {
 }
 
 #[test]
+fn gelu_mul_equals_the_reference() {
+    for (num_rows, len) in [(1, 1), (3, 33), (100, 200)] {
+        let gate_up: Vec<f32> = random(1, num_rows * 2 * len).iter().map(|x| x * 12.0).collect();
+        let mut expected = vec![0.0; num_rows * len];
+        Reference.gelu_mul(len, &gate_up, &mut expected);
+        check_op("gelu_mul", F32_TOLERANCE, expected, |cpu| {
+            let mut out = vec![f32::NAN; num_rows * len];
+            cpu.gelu_mul(len, &gate_up, &mut out);
+            out
+        });
+    }
+}
+
+#[test]
+fn add_bias_equals_the_reference() {
+    for (num_rows, len) in [(1, 1), (3, 33), (200, 100)] {
+        let (x, bias) = (random(1, num_rows * len), random(2, len));
+        let mut expected = x.clone();
+        Reference.add_bias(&bias, &mut expected);
+        check_op("add_bias", 0.0, expected, |cpu| {
+            let mut out = x.clone();
+            cpu.add_bias(&bias, &mut out);
+            out
+        });
+    }
+}
+
+#[test]
+fn head_norm_equals_the_reference() {
+    let shape = shape(16);
+    let weight = random(2, shape.head_dim);
+    for (num_rows, heads) in [(1, 0..6), (200, 0..6), (3, 6..8)] {
+        let qkv = random(1, num_rows * shape.qkv_len());
+        let mut expected = qkv.clone();
+        Reference.head_norm(&weight, 1e-5, &shape, heads.clone(), &mut expected);
+        check_op("head_norm", F32_TOLERANCE, expected, |cpu| {
+            let mut out = qkv.clone();
+            cpu.head_norm(&weight, 1e-5, &shape, heads.clone(), &mut out);
+            out
+        });
+    }
+}
+
+#[test]
 fn add_equals_the_reference() {
     let (x, y) = (random(1, 20_001), random(2, 20_001));
     let mut expected = x.clone();
@@ -173,7 +217,7 @@ fn shape(page_size: usize) -> AttentionShape {
 #[test]
 fn rope_equals_the_reference() {
     let shape = shape(16);
-    let table = RopeTable::new(shape.head_dim, 10_000.0, 600);
+    let table = RopeTable::new(RopeTable::frequencies(shape.head_dim, 10_000.0), 600);
     let positions: Vec<u32> = (500..600).collect();
     let qkv = random(1, positions.len() * shape.qkv_len());
     let mut expected = qkv.clone();
@@ -223,32 +267,29 @@ fn attend<B: Backend>(
     outs.concat()
 }
 
+const WINDOWS: [Option<u32>; 5] = [None, Some(1), Some(20), Some(64), Some(129)];
+
 #[test]
 fn attention_equals_the_reference() {
-    for (window, seq_lens) in [
-        (None, &[1][..]),
-        (None, &[17, 1, 64, 65]),
-        (None, &[130, 3]),
-        (None, &[300]),
-        (Some(1), &[70]),
-        (Some(50), &[17, 1, 64, 65]),
-        (Some(100), &[300, 90]),
-    ] {
-        let expected = attend(&Reference, 16, window, seq_lens, 1000);
-        check_op(&format!("attention {seq_lens:?}"), INT8_TOLERANCE, expected, |cpu| {
-            attend(cpu, 16, window, seq_lens, 1000)
-        });
+    for seq_lens in [&[1][..], &[17, 1, 64, 65], &[130, 3], &[300]] {
+        for window in WINDOWS {
+            let expected = attend(&Reference, 16, window, seq_lens, 1000);
+            check_op(&format!("attention {seq_lens:?} {window:?}"), INT8_TOLERANCE, expected, |cpu| {
+                attend(cpu, 16, window, seq_lens, 1000)
+            });
+        }
     }
 }
 
 #[test]
 fn attention_does_not_depend_on_chunks_and_pages() {
     let seq_lens = [150, 33, 64, 1, 200];
-    for cpu in backends() {
-        let expected = bits(&attend(&cpu, 16, None, &seq_lens, 1000));
+    for (cpu, window) in backends().iter().flat_map(|cpu| WINDOWS.map(|window| (cpu, window))) {
+        let expected = bits(&attend(cpu, 16, window, &seq_lens, 1000));
         for (page_size, chunk_len) in [(16, 1), (16, 7), (32, 64), (64, 50), (128, 33), (16, 16)] {
-            let actual = bits(&attend(&cpu, page_size, None, &seq_lens, chunk_len));
-            assert!(actual == expected, "pages of {page_size}, chunks of {chunk_len} on {:?}", cpu.isa);
+            let actual = bits(&attend(cpu, page_size, window, &seq_lens, chunk_len));
+            let what = format!("pages of {page_size}, chunks of {chunk_len}, {window:?} on {:?}", cpu.isa);
+            assert!(actual == expected, "{what}");
         }
     }
 }

@@ -150,9 +150,9 @@ fn malformed_parts_are_errors() {
         assert!(case.open().is_err(), "case {index}");
     }
     check(
-        Builder::new().tensor_entry("t", &[256], 12, 0).open(),
+        Builder::new().tensor_entry("t", &[256], 10, 0).open(),
         expect![[
-            r#"model file "test.gguf" is not a valid GGUF file: tensor "t" has the unsupported type Q4_K (GGUF type 12) at byte 49"#
+            r#"model file "test.gguf" is not a valid GGUF file: tensor "t" has the unsupported type Q2_K (GGUF type 10) at byte 49"#
         ]],
     );
 }

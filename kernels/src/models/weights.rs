@@ -1,6 +1,6 @@
-//! Loads the weights of a Llama model by name, in the form its numeric path wants.
+//! Loads the weights of a model by name, in the form its numeric path wants.
 //!
-//! Invariant: every tensor of the file was used, with the shape the config says, and every number is finite: a
+//! Invariant: every tensor of the checkpoint was used, with the shape the config says, and every number is finite: a
 //! tensor that the family does not know would otherwise be ignored and the answers be wrong without a sign.
 //! Weights are immutable and shared: any number of models may hold one `Arc`.
 
@@ -11,8 +11,11 @@ use std::sync::Arc;
 use crate::backend::{Backend, RopeTable};
 use crate::cpu::packed::Packing;
 use crate::cpu::{Cpu, Isa, LANES};
-use crate::gguf::{Gguf, TensorView};
-use crate::models::{LlamaConfig, ModelError};
+use crate::gguf::TensorView;
+use crate::models::checkpoint::{Checkpoint, TensorName};
+use crate::models::config::ExpertsConfig;
+use crate::models::families::Architecture;
+use crate::models::{ModelConfig, ModelError};
 use crate::quant::dequantize;
 use crate::reference::Reference;
 
@@ -26,8 +29,8 @@ pub enum NumericPath {
 }
 
 /// The weights of one model in memory.
-pub struct LlamaWeights {
-    pub config: LlamaConfig,
+pub struct ModelWeights {
+    pub config: ModelConfig,
     pub path: NumericPath,
     pub(crate) layers: AnyLayers,
 }
@@ -39,48 +42,75 @@ pub(crate) enum AnyLayers {
 
 /// All matrices, for one backend.
 pub(crate) struct Layers<B: Backend> {
-    pub(crate) config: LlamaConfig,
+    pub(crate) config: ModelConfig,
+    pub(crate) architecture: &'static Architecture,
     pub(crate) backend: B,
     pub(crate) embedding: B::Matrix,
     pub(crate) layers: Vec<Layer<B>>,
     pub(crate) output_norm: Vec<f32>,
     /// None where the embedding is the output head too.
     output: Option<B::Matrix>,
-    pub(crate) rope: RopeTable,
+    rope: RopeTable,
+    /// For layers with a window, where it is another.
+    window_rope: Option<RopeTable>,
 }
 
 pub(crate) struct Layer<B: Backend> {
     pub(crate) attention_norm: Vec<f32>,
     /// Queries, keys and values of all heads in one matrix.
     pub(crate) qkv: B::Matrix,
+    pub(crate) qkv_bias: Option<Vec<f32>>,
+    /// Of each head of the queries, and of the keys.
+    pub(crate) head_norms: Option<[Vec<f32>; 2]>,
     pub(crate) attention_output: B::Matrix,
+    pub(crate) post_attention_norm: Option<Vec<f32>>,
     pub(crate) feed_forward_norm: Vec<f32>,
+    pub(crate) feed_forward: FeedForward<B>,
+    pub(crate) post_feed_forward_norm: Option<Vec<f32>>,
+}
+
+pub(crate) enum FeedForward<B: Backend> {
+    Dense(Dense<B>),
+    Experts(Experts<B>),
+}
+
+pub(crate) struct Dense<B: Backend> {
     /// Gates, then ups.
     pub(crate) gate_up: B::Matrix,
     pub(crate) down: B::Matrix,
 }
 
-impl LlamaWeights {
-    pub fn load(gguf: &Gguf, path: NumericPath) -> Result<Arc<Self>, ModelError> {
-        let config = LlamaConfig::from_gguf(gguf)?;
+pub(crate) struct Experts<B: Backend> {
+    pub(crate) config: ExpertsConfig,
+    /// A score for each expert.
+    pub(crate) router: B::Matrix,
+    /// `[num_experts]`
+    pub(crate) experts: Vec<Dense<B>>,
+}
+
+impl ModelWeights {
+    pub fn load(checkpoint: &Checkpoint, path: NumericPath) -> Result<Arc<Self>, ModelError> {
+        let config = checkpoint.config()?;
         let layers = match path {
-            NumericPath::Reference => AnyLayers::Reference(Arc::new(Layers::load(gguf, &config, Reference)?)),
+            NumericPath::Reference => {
+                AnyLayers::Reference(Arc::new(Layers::load(checkpoint, &config, Reference)?))
+            }
             NumericPath::Fast => {
                 if !config.head_dim.is_multiple_of(LANES as u32) {
                     return Err(ModelError::HeadDim { head_dim: config.head_dim, multiple: LANES as u32 });
                 }
                 let backend = Cpu { isa: Isa::detect(), packing: Packing::in_memory() };
                 tracing::debug!(isa = ?backend.isa, "loading weights for the fast path");
-                AnyLayers::Fast(Arc::new(Layers::load(gguf, &config, backend)?))
+                AnyLayers::Fast(Arc::new(Layers::load(checkpoint, &config, backend)?))
             }
         };
         Ok(Arc::new(Self { config, path, layers }))
     }
 }
 
-impl fmt::Debug for LlamaWeights {
+impl fmt::Debug for ModelWeights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LlamaWeights")
+        f.debug_struct("ModelWeights")
             .field("config", &self.config)
             .field("path", &self.path)
             .finish_non_exhaustive()
@@ -92,65 +122,160 @@ impl<B: Backend> Layers<B> {
         self.output.as_ref().unwrap_or(&self.embedding)
     }
 
-    fn load(gguf: &Gguf, config: &LlamaConfig, backend: B) -> Result<Self, ModelError> {
-        let mut loader = Loader { gguf, backend: &backend, used: BTreeSet::new() };
-        let hidden = config.hidden_size as usize;
-        let vocab = config.vocab_size as usize;
-        let rows = |name: &str| Rows { name: name.to_owned(), num_outputs: vocab, interleaved: None };
-        let embedding = loader.matrix(hidden, vec![rows("token_embd.weight")])?;
-        let output = match gguf.tensor("output.weight") {
-            Ok(_) => Some(loader.matrix(hidden, vec![rows("output.weight")])?),
-            Err(_) => None,
+    /// The angles of a layer.
+    pub(crate) fn rope(&self, window: Option<u32>) -> &RopeTable {
+        self.window_rope.as_ref().filter(|_| window.is_some()).unwrap_or(&self.rope)
+    }
+
+    fn load(checkpoint: &Checkpoint, config: &ModelConfig, backend: B) -> Result<Self, ModelError> {
+        let architecture = config.family.architecture();
+        let mut loader =
+            Loader { checkpoint, config, architecture, backend: &backend, used: BTreeSet::new() };
+        let (hidden, vocab) = (config.hidden_size as usize, config.vocab_size as usize);
+        let name = |part| TensorName { layer: None, part, expert: None };
+        let embedding = loader.matrix(hidden, &[(name("token_embd.weight"), vocab)])?;
+        let output = match config.tied_output {
+            true => None,
+            false => Some(loader.matrix(hidden, &[(name("output.weight"), vocab)])?),
         };
-        let output_norm = loader.vector("output_norm.weight", hidden)?;
-        let layers =
-            (0..config.num_layers).map(|index| loader.layer(config, index)).collect::<Result<_, _>>()?;
-        if let Some(name) = gguf.tensor_names().find(|name| !loader.used.contains(*name)) {
-            return Err(ModelError::UnknownTensor { path: gguf.path().to_owned(), name: name.to_owned() });
-        }
+        let output_norm = loader.norm(name("output_norm.weight"), hidden)?;
+        let layers = (0..config.num_layers).map(|index| loader.layer(index)).collect::<Result<_, _>>()?;
+        let frequencies = loader.frequencies()?;
+        loader.check_all_used()?;
         backend.finish_loading();
-        let rope = RopeTable::new(config.head_dim as usize, config.rope_theta, config.max_position as usize);
-        Ok(Self { config: config.clone(), backend, embedding, layers, output_norm, output, rope })
+        let max_position = config.max_position as usize;
+        let window_frequencies = config.window_rope.map(|rope| rope.frequencies(config.head_dim as usize));
+        Ok(Self {
+            config: config.clone(),
+            architecture,
+            backend,
+            embedding,
+            layers,
+            output_norm,
+            output,
+            rope: RopeTable::new(frequencies, max_position),
+            window_rope: window_frequencies.map(|frequencies| RopeTable::new(frequencies, max_position)),
+        })
     }
 }
 
-/// Some rows of a matrix to be, from one tensor.
-struct Rows {
-    name: String,
-    num_outputs: usize,
-    /// The dimension of the heads whose two halves the file stores interleaved.
-    interleaved: Option<usize>,
-}
-
 struct Loader<'a, B> {
-    gguf: &'a Gguf,
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+    architecture: &'static Architecture,
     backend: &'a B,
     used: BTreeSet<String>,
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
-    fn layer(&mut self, config: &LlamaConfig, index: u32) -> Result<Layer<B>, ModelError> {
-        let hidden = config.hidden_size as usize;
-        let intermediate = config.intermediate_size as usize;
-        let head_dim = config.head_dim as usize;
+    fn layer(&mut self, index: u32) -> Result<Layer<B>, ModelError> {
+        let config = self.config;
+        let [hidden, head_dim] = [config.hidden_size, config.head_dim].map(|size| size as usize);
         let q_len = config.num_heads as usize * head_dim;
         let kv_len = config.num_kv_heads as usize * head_dim;
-        let name = |part: &str| format!("blk.{index}.{part}.weight");
-        let rows = |part: &str, num_outputs| Rows { name: name(part), num_outputs, interleaved: None };
-        let heads = |part: &str, num_outputs| Rows { interleaved: Some(head_dim), ..rows(part, num_outputs) };
-        let qkv = vec![heads("attn_q", q_len), heads("attn_k", kv_len), rows("attn_v", kv_len)];
-        let gate_up = vec![rows("ffn_gate", intermediate), rows("ffn_up", intermediate)];
+        let name = |part| TensorName { layer: Some(index), part, expert: None };
+        let qkv = |parts: [&'static str; 3]| {
+            [(name(parts[0]), q_len), (name(parts[1]), kv_len), (name(parts[2]), kv_len)]
+        };
+        let has = |part| self.architecture.has(part);
+        let (has_bias, has_head_norms) = (has("attn_q.bias"), has("attn_q_norm.weight"));
+        let (has_post_attention, has_post_feed_forward) =
+            (has("post_attention_norm.weight"), has("post_ffw_norm.weight"));
+        let mut optional_norm = |has: bool, part, len| has.then(|| self.norm(name(part), len)).transpose();
+        let q_norm = optional_norm(has_head_norms, "attn_q_norm.weight", head_dim)?;
+        let k_norm = optional_norm(has_head_norms, "attn_k_norm.weight", head_dim)?;
         Ok(Layer {
-            attention_norm: self.vector(&name("attn_norm"), hidden)?,
-            qkv: self.matrix(hidden, qkv)?,
-            attention_output: self.matrix(q_len, vec![rows("attn_output", hidden)])?,
-            feed_forward_norm: self.vector(&name("ffn_norm"), hidden)?,
-            gate_up: self.matrix(hidden, gate_up)?,
-            down: self.matrix(intermediate, vec![rows("ffn_down", hidden)])?,
+            post_attention_norm: optional_norm(has_post_attention, "post_attention_norm.weight", hidden)?,
+            post_feed_forward_norm: optional_norm(has_post_feed_forward, "post_ffw_norm.weight", hidden)?,
+            head_norms: q_norm.zip(k_norm).map(|(q, k)| [q, k]),
+            attention_norm: self.norm(name("attn_norm.weight"), hidden)?,
+            qkv: self.matrix(hidden, &qkv(["attn_q.weight", "attn_k.weight", "attn_v.weight"]))?,
+            qkv_bias: match has_bias {
+                true => Some(self.bias(&qkv(["attn_q.bias", "attn_k.bias", "attn_v.bias"]))?),
+                false => None,
+            },
+            attention_output: self.matrix(q_len, &[(name("attn_output.weight"), hidden)])?,
+            feed_forward_norm: self.norm(name("ffn_norm.weight"), hidden)?,
+            feed_forward: self.feed_forward(index)?,
         })
     }
 
-    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    fn feed_forward(&mut self, layer: u32) -> Result<FeedForward<B>, ModelError> {
+        let Some(experts) = self.config.experts else {
+            let parts = ["ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"];
+            return Ok(FeedForward::Dense(self.dense(layer, parts, None)?));
+        };
+        let hidden = self.config.hidden_size as usize;
+        let parts = ["ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"];
+        for part in parts {
+            let name = TensorName { layer: Some(layer), part, expert: None };
+            let stored = self.checkpoint.num_stored_together(self.architecture, name)?;
+            if stored.is_some_and(|stored| stored != experts.num_experts as usize) {
+                let tensor = self.checkpoint.tensor(self.architecture, name)?;
+                let expected = [&[experts.num_experts as usize], &tensor.shape[1..]].concat();
+                return Err(self.shape_error(name, &expected, tensor));
+            }
+        }
+        let router = TensorName { layer: Some(layer), part: "ffn_gate_inp.weight", expert: None };
+        Ok(FeedForward::Experts(Experts {
+            config: experts,
+            router: self.matrix(hidden, &[(router, experts.num_experts as usize)])?,
+            experts: (0..experts.num_experts)
+                .map(|expert| self.dense(layer, parts, Some(expert)))
+                .collect::<Result<_, _>>()?,
+        }))
+    }
+
+    fn dense(
+        &mut self,
+        layer: u32,
+        [gate, up, down]: [&'static str; 3],
+        expert: Option<u32>,
+    ) -> Result<Dense<B>, ModelError> {
+        let hidden = self.config.hidden_size as usize;
+        let intermediate = self.config.intermediate_size as usize;
+        let name = |part| TensorName { layer: Some(layer), part, expert };
+        Ok(Dense {
+            gate_up: self.matrix(hidden, &[(name(gate), intermediate), (name(up), intermediate)])?,
+            down: self.matrix(intermediate, &[(name(down), hidden)])?,
+        })
+    }
+
+    /// Those of the config, divided by the factors that GGUF files of Llama 3 carry instead of a rule.
+    fn frequencies(&mut self) -> Result<Vec<f32>, ModelError> {
+        const FACTORS: TensorName = TensorName { layer: None, part: "rope_freqs.weight", expert: None };
+        let mut frequencies = self.config.rope.frequencies(self.config.head_dim as usize);
+        let Checkpoint::Gguf(gguf) = self.checkpoint else { return Ok(frequencies) };
+        // Other families do not divide, so there the tensor stays unused, which is an error.
+        if self.architecture.interleaved_in_gguf && gguf.tensor(FACTORS.part).is_ok() {
+            let factors = self.vector(FACTORS, frequencies.len())?;
+            for (frequency, factor) in frequencies.iter_mut().zip(factors) {
+                *frequency /= factor;
+            }
+            self.check_finite(FACTORS, frequencies.iter().all(|frequency| frequency.is_finite()))?;
+        }
+        Ok(frequencies)
+    }
+
+    fn norm(&mut self, name: TensorName, len: usize) -> Result<Vec<f32>, ModelError> {
+        let mut weights = self.vector(name, len)?;
+        if self.checkpoint.lacks_one(self.architecture) {
+            for weight in &mut weights {
+                *weight += 1.0;
+            }
+        }
+        Ok(weights)
+    }
+
+    fn bias(&mut self, parts: &[(TensorName, usize)]) -> Result<Vec<f32>, ModelError> {
+        let mut bias = Vec::new();
+        for (name, len) in parts {
+            bias.extend(self.vector(*name, *len)?);
+        }
+        Ok(bias)
+    }
+
+    fn vector(&mut self, name: TensorName, len: usize) -> Result<Vec<f32>, ModelError> {
         let tensor = self.tensor(name, &[len])?;
         let mut values = vec![0.0; len];
         dequantize(tensor.dtype, tensor.data, &mut values);
@@ -159,14 +284,17 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// One matrix from the rows of several tensors, one below the other.
-    fn matrix(&mut self, num_inputs: usize, parts: Vec<Rows>) -> Result<B::Matrix, ModelError> {
+    fn matrix(&mut self, num_inputs: usize, parts: &[(TensorName, usize)]) -> Result<B::Matrix, ModelError> {
         let mut sources = Vec::new();
-        for part in &parts {
-            let tensor = self.tensor(&part.name, &[part.num_outputs, num_inputs])?;
+        for &(name, num_outputs) in parts {
+            let tensor = self.tensor(name, &[num_outputs, num_inputs])?;
+            let is_interleaved = ["attn_q.weight", "attn_k.weight"].contains(&name.part)
+                && self.checkpoint.interleaves_halves(self.architecture);
             // A matrix of the checked shape consists of whole rows.
-            let row_bytes = tensor.data.len() / part.num_outputs;
-            for row in 0..part.num_outputs {
-                let row = part.interleaved.map_or(row, |head_dim| interleaved_row(row, head_dim));
+            let row_bytes = tensor.data.len() / num_outputs;
+            for row in 0..num_outputs {
+                let row =
+                    if is_interleaved { interleaved_row(row, self.config.head_dim as usize) } else { row };
                 sources.push((tensor.dtype, &tensor.data[row * row_bytes..(row + 1) * row_bytes]));
             }
         }
@@ -176,28 +304,52 @@ impl<'a, B: Backend> Loader<'a, B> {
             dequantize(dtype, data, out);
             finite &= out.iter().all(|v| v.is_finite());
         });
-        self.check_finite(&parts[0].name, finite)?;
+        self.check_finite(parts[0].0, finite)?;
         Ok(matrix)
     }
 
-    fn tensor(&mut self, name: &str, expected: &[usize]) -> Result<TensorView<'a>, ModelError> {
-        let tensor = self.gguf.tensor(name)?;
+    fn tensor(&mut self, name: TensorName, expected: &[usize]) -> Result<TensorView<'a>, ModelError> {
+        let tensor = self.checkpoint.tensor(self.architecture, name)?;
         if tensor.shape != expected {
-            return Err(ModelError::Shape {
-                path: self.gguf.path().to_owned(),
-                name: name.to_owned(),
-                expected: expected.to_vec(),
-                actual: tensor.shape.to_vec(),
-            });
+            return Err(self.shape_error(name, expected, tensor));
         }
-        self.used.insert(name.to_owned());
+        self.used.insert(self.checkpoint.stored_name(self.architecture, name));
         Ok(tensor)
     }
 
-    fn check_finite(&self, name: &str, finite: bool) -> Result<(), ModelError> {
+    fn shape_error(&self, name: TensorName, expected: &[usize], tensor: TensorView<'_>) -> ModelError {
+        ModelError::Shape {
+            path: self.checkpoint.path().to_owned(),
+            name: self.checkpoint.stored_name(self.architecture, name),
+            expected: expected.to_vec(),
+            actual: tensor.shape.to_vec(),
+        }
+    }
+
+    fn check_finite(&self, name: TensorName, finite: bool) -> Result<(), ModelError> {
         match finite {
             true => Ok(()),
-            false => Err(ModelError::NotFinite { path: self.gguf.path().to_owned(), name: name.to_owned() }),
+            false => Err(ModelError::NotFinite {
+                path: self.checkpoint.path().to_owned(),
+                name: self.checkpoint.stored_name(self.architecture, name),
+            }),
+        }
+    }
+
+    fn check_all_used(&self) -> Result<(), ModelError> {
+        // Folders of old keep the frequencies, and a copy of the embedding as the head.
+        let is_spare = |name: &str| {
+            let is_copy = self.config.tied_output && name == "lm_head.weight";
+            matches!(self.checkpoint, Checkpoint::Folder(_))
+                && (is_copy || name.ends_with("rotary_emb.inv_freq"))
+        };
+        match self.checkpoint.stored_names().find(|name| !self.used.contains(*name) && !is_spare(name)) {
+            None => Ok(()),
+            Some(name) => Err(ModelError::UnknownTensor {
+                path: self.checkpoint.path().to_owned(),
+                name: name.to_owned(),
+                family: self.architecture.gguf_name,
+            }),
         }
     }
 }

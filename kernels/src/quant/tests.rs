@@ -58,6 +58,8 @@ fn blocks_follow_each_other() {
 fn sizes_are_checked() {
     assert_eq!(Dtype::Q4_1.size_bytes(&[576, 2]), Some(576 / 32 * 20 * 2));
     assert_eq!(Dtype::Q4_1.size_bytes(&[33]), None);
+    assert_eq!(Dtype::Q6K.size_bytes(&[512, 3]), Some(2 * 210 * 3));
+    assert_eq!(Dtype::Q4K.size_bytes(&[288]), None);
     assert_eq!(Dtype::F32.size_bytes(&[usize::MAX]), None);
     assert_eq!(Dtype::F16.size_bytes(&[usize::MAX / 4, 4]), None);
     assert_eq!(Dtype::F16.size_bytes(&[]), None);
@@ -65,6 +67,6 @@ fn sizes_are_checked() {
 
 #[test]
 fn unknown_types_have_names() {
-    assert_eq!(Dtype::from_ggml(14).unwrap_err().to_string(), "Q6_K (GGUF type 14)");
+    assert_eq!(Dtype::from_ggml(10).unwrap_err().to_string(), "Q2_K (GGUF type 10)");
     assert_eq!(Dtype::from_ggml(999).unwrap_err().to_string(), "unknown (GGUF type 999)");
 }

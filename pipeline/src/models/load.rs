@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use tidemill_kernels::gguf::Gguf;
 use tidemill_kernels::models::ModelError;
+use tidemill_kernels::models::checkpoint::Checkpoint;
 use tidemill_kernels::models::fake::{FakeConfig, FakeModel};
-use tidemill_kernels::models::llama::{KvConfig, Llama};
-use tidemill_kernels::models::weights::{LlamaWeights, NumericPath};
+use tidemill_kernels::models::transformer::{KvConfig, Transformer};
+use tidemill_kernels::models::weights::{ModelWeights, NumericPath};
 use tidemill_kernels::step::Model;
 use tidemill_operators::chat::ChatTemplate;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
@@ -65,7 +66,7 @@ impl LoadError {
 
 enum Weights {
     Fake,
-    Llama { weights: Arc<LlamaWeights>, digest: String },
+    Real { weights: Arc<ModelWeights>, digest: String },
 }
 
 /// A model's weights and text side, in memory.
@@ -115,8 +116,8 @@ pub fn load(
         Devices::Cpu | Devices::CpuShares(_) => NumericPath::Fast,
         Devices::Reference => NumericPath::Reference,
     };
-    let weights = LlamaWeights::load(&gguf, numeric_path).map_err(model_error)?;
-    Ok(LoadedModel { name, weights: Weights::Llama { weights, digest }, text })
+    let weights = ModelWeights::load(&Checkpoint::Gguf(gguf), numeric_path).map_err(model_error)?;
+    Ok(LoadedModel { name, weights: Weights::Real { weights, digest }, text })
 }
 
 impl LoadedModel {
@@ -160,7 +161,7 @@ impl LoadedModel {
         // More pages than all sequences at full length can use would never be touched.
         let max_position = match &self.weights {
             Weights::Fake => FAKE_MAX_POSITION,
-            Weights::Llama { weights, .. } => weights.config.max_position,
+            Weights::Real { weights, .. } => weights.config.max_position,
         };
         let useful = u64::from(plan.max_num_seqs + 1) * u64::from(max_position.div_ceil(plan.page_size));
         let num_pages = num_pages.min(useful).min(u64::from(u32::MAX)) as u32;
@@ -178,7 +179,7 @@ impl LoadedModel {
 
     /// Products a token takes in the layers, and in the output head where its next token is wanted; 0 without weights.
     pub fn num_products(&self) -> (u64, u64) {
-        let Weights::Llama { weights, .. } = &self.weights else { return (0, 0) };
+        let Weights::Real { weights, .. } = &self.weights else { return (0, 0) };
         let config = &weights.config;
         let (hidden, intermediate) = (u64::from(config.hidden_size), u64::from(config.intermediate_size));
         let head_dim = u64::from(config.head_dim);
@@ -192,7 +193,7 @@ impl LoadedModel {
     pub fn kv_bytes_per_token(&self) -> u64 {
         match &self.weights {
             Weights::Fake => FAKE_KV_BYTES_PER_TOKEN,
-            Weights::Llama { weights, .. } => weights.kv_bytes_per_token(),
+            Weights::Real { weights, .. } => weights.kv_bytes_per_token(),
         }
     }
 
@@ -212,9 +213,9 @@ impl LoadedModel {
                     delay_per_token: Duration::from_micros(delay),
                 })))
             }
-            Weights::Llama { weights, digest } => {
+            Weights::Real { weights, digest } => {
                 let kv = KvConfig { page_size, num_pages };
-                let model = Llama::new(Arc::clone(weights), kv, num_threads, &self.name, digest);
+                let model = Transformer::new(Arc::clone(weights), kv, num_threads, &self.name, digest);
                 let model = model.map_err(|source| LoadError::Model {
                     name: self.name.clone(),
                     source: Box::new(source),
