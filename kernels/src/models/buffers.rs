@@ -8,6 +8,9 @@ use crate::models::ModelConfig;
 use crate::models::experts::Route;
 use crate::step::StepError;
 
+/// Rows that go through a feed-forward part at once: its wide activations then stay in the L2 cache.
+pub(super) const FEED_FORWARD_ROWS: usize = 128;
+
 pub(super) struct Buffers<B: Backend> {
     /// `[num_tokens, hidden_size]`: the residual stream.
     pub(super) hidden: Vec<f32>,
@@ -19,9 +22,9 @@ pub(super) struct Buffers<B: Backend> {
     pub(super) qkv: Vec<f32>,
     /// `[num_tokens, q_len]`
     pub(super) attended: Vec<f32>,
-    /// `[num_tokens, 2, intermediate_size]`
+    /// `[FEED_FORWARD_ROWS, 2, intermediate_size]`
     pub(super) gate_up: Vec<f32>,
-    /// `[num_tokens, intermediate_size]`
+    /// `[FEED_FORWARD_ROWS, intermediate_size]`
     pub(super) gated: Vec<f32>,
     pub(super) experts: ExpertBuffers,
     /// The sequences whose next token is computed together.
@@ -78,7 +81,7 @@ impl<B: Backend> Buffers<B> {
     /// Sets the lengths for a step; the head has its own.
     pub(super) fn resize(&mut self, num_tokens: usize, config: &ModelConfig, shape: &AttentionShape) {
         let hidden_len = num_tokens * config.hidden_size as usize;
-        let intermediate_len = num_tokens * config.intermediate_size as usize;
+        let intermediate_len = num_tokens.min(FEED_FORWARD_ROWS) * config.intermediate_size as usize;
         self.hidden.resize(hidden_len, 0.0);
         self.normed.resize(hidden_len, 0.0);
         self.part.resize(hidden_len, 0.0);

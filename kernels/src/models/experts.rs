@@ -20,7 +20,6 @@ pub(super) struct Route {
 /// `normed = sum over chosen experts of weight * expert(normed)`
 pub(super) fn mix_experts<B: Backend>(weights: &Layers<B>, experts: &Experts<B>, buffers: &mut Buffers<B>) {
     let hidden_size = weights.config.hidden_size as usize;
-    let intermediate_size = weights.config.intermediate_size as usize;
     let Buffers { normed, part, gate_up, gated, scratch, experts: routing, .. } = buffers;
     weights.backend.linear(scratch, normed, &experts.router, &mut routing.scores);
     route(&experts.config, routing);
@@ -32,8 +31,6 @@ pub(super) fn mix_experts<B: Backend>(weights: &Layers<B>, experts: &Experts<B>,
         for (route, row) in routes.iter().zip(gathered.chunks_exact_mut(hidden_size)) {
             row.copy_from_slice(&normed[route.row as usize * hidden_size..][..hidden_size]);
         }
-        let gate_up = &mut gate_up[..routes.len() * 2 * intermediate_size];
-        let gated = &mut gated[..routes.len() * intermediate_size];
         let expert = &experts.experts[routes[0].expert as usize];
         feed_forward(weights, expert, scratch, gathered, gate_up, gated, answers);
         for (route, answer) in routes.iter().zip(answers.chunks_exact(hidden_size)) {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::backend::{AttentionShape, Backend};
-use crate::models::buffers::Buffers;
+use crate::models::buffers::{Buffers, FEED_FORWARD_ROWS};
 use crate::models::experts::mix_experts;
 use crate::models::families::Activation;
 use crate::models::weights::{AnyLayers, Dense, FeedForward, Layer, Layers};
@@ -290,12 +290,18 @@ pub(super) fn feed_forward<B: Backend>(
 ) {
     let ops = &weights.backend;
     let intermediate_size = weights.config.intermediate_size as usize;
-    ops.linear(scratch, x, &dense.gate_up, gate_up);
-    match weights.architecture.activation {
-        Activation::Silu => ops.silu_mul(intermediate_size, gate_up, gated),
-        Activation::Gelu => ops.gelu_mul(intermediate_size, gate_up, gated),
+    let block_len = FEED_FORWARD_ROWS * weights.config.hidden_size as usize;
+    for (x, out) in x.chunks(block_len).zip(out.chunks_mut(block_len)) {
+        let num_rows = x.len() / weights.config.hidden_size as usize;
+        let gate_up = &mut gate_up[..num_rows * 2 * intermediate_size];
+        let gated = &mut gated[..num_rows * intermediate_size];
+        ops.linear(scratch, x, &dense.gate_up, gate_up);
+        match weights.architecture.activation {
+            Activation::Silu => ops.silu_mul(intermediate_size, gate_up, gated),
+            Activation::Gelu => ops.gelu_mul(intermediate_size, gate_up, gated),
+        }
+        ops.linear(scratch, gated, &dense.down, out);
     }
-    ops.linear(scratch, gated, &dense.down, out);
 }
 
 /// Adds the output of a part, in `normed`, to the residual stream, behind a norm where the family has one.
