@@ -2,18 +2,21 @@
 //! the token budget, the page size, the size or state of the cache, the order of arrival, or steps that failed.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use tidemill_kernels::models::FakeModel;
 use tidemill_kernels::step::SamplingParams;
 
 use super::super::page_pool::fuzz::Random;
-use super::super::sequence::{FinishReason, SequenceId};
+use super::super::scheduler::tests::learn_short;
+use super::super::sequence::{FinishReason, SequenceId, SharedPrefix};
 use super::tests::{VOCAB_SIZE, fake_model, naive_answer};
 use super::*;
 
 /// Fails one step in eight, before or after it wrote to the cache.
 struct FlakyModel {
     model: FakeModel,
+    copies_pages: bool,
     random: Random,
 }
 
@@ -29,6 +32,10 @@ impl Model for FlakyModel {
         }
         let output = self.model.step(batch)?;
         if self.random.one_in(16) { fail() } else { Ok(output) }
+    }
+
+    fn copies_pages(&self) -> bool {
+        self.copies_pages
     }
 }
 
@@ -50,14 +57,22 @@ fn workload(random: &mut Random) -> Vec<SequenceRequest> {
         let temperature = random.below(2) as f32;
         let sampling = SamplingParams { temperature, seed: random.below(3) as u64, ..SamplingParams::GREEDY };
         let max_tokens = random.between(1, max_max_tokens) as u32;
-        requests.push(SequenceRequest {
-            id: SequenceId(id as u64),
-            token_ids: token_ids.into(),
-            max_tokens,
-            sampling,
-        });
+        let request = SequenceRequest::new(SequenceId(id as u64), token_ids.into(), max_tokens, sampling);
+        requests.push(SequenceRequest { shared: hints(random, len), ..request });
     }
     requests
+}
+
+/// What is said of later prompts, true or not: no answer may depend on it.
+fn hints(random: &mut Random, prompt_len: usize) -> Arc<[SharedPrefix]> {
+    let (mut len, mut num_later) = (0, random.below(6) as u32);
+    let mut shared = Vec::new();
+    while num_later > 0 && len < prompt_len as u32 {
+        len += 1 + random.below(prompt_len) as u32;
+        shared.push(SharedPrefix { len, num_later });
+        num_later -= 1 + random.below(num_later as usize) as u32;
+    }
+    shared.into()
 }
 
 /// An engine in which each of the sequences fits alone; often not more than that.
@@ -73,7 +88,12 @@ fn random_engine(random: &mut Random, requests: &[SequenceRequest]) -> Engine {
     };
     println!("{config:?}, {num_pages} pages of {page_size}");
     let model = fake_model(num_pages as u32, page_size as u32);
-    Engine::new(Box::new(FlakyModel { model, random: Random::new(random.next()) }), config)
+    let (copies_pages, flaky) = (!random.one_in(3), Random::new(random.next()));
+    let mut engine = Engine::new(Box::new(FlakyModel { model, copies_pages, random: flaky }), config);
+    if random.one_in(2) {
+        learn_short(&mut engine.scheduler);
+    }
+    engine
 }
 
 /// Submits in random order, some of it mid-flight, and steps until all is done.
