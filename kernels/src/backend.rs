@@ -12,6 +12,8 @@ pub(crate) trait Backend: Send + Sync + 'static {
     type Matrix: Send + Sync;
     /// Keys and values of one layer for all slots.
     type KvCache: Send + Sync;
+    /// Working memory, kept between steps.
+    type Scratch: Default + Send;
 
     /// Builds a matrix row by row; `fill_row` writes the numbers of one output.
     fn matrix(
@@ -20,6 +22,8 @@ pub(crate) trait Backend: Send + Sync + 'static {
         num_inputs: usize,
         fill_row: &mut dyn FnMut(usize, &mut [f32]),
     ) -> Self::Matrix;
+    /// The last matrix was built.
+    fn finish_loading(&self) {}
     fn kv_cache(&self, shape: &AttentionShape) -> Self::KvCache;
     /// Bytes of one token's keys and values in one layer.
     fn kv_bytes(&self, shape: &AttentionShape) -> usize;
@@ -29,15 +33,17 @@ pub(crate) trait Backend: Send + Sync + 'static {
     /// Scales each row to a mean square of one, then by the weights.
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]);
     /// `out[m, n] = sum over k of x[m, k] * weight[n, k]`
-    fn linear(&self, x: &[f32], weight: &Self::Matrix, out: &mut [f32]);
+    fn linear(&self, scratch: &mut Self::Scratch, x: &[f32], weight: &Self::Matrix, out: &mut [f32]);
     /// Rotates queries and keys in place, by the position of their row.
     fn rope(&self, table: &RopeTable, shape: &AttentionShape, positions: &[u32], qkv: &mut [f32]);
     /// Writes keys and values to their slots.
     fn store_kv(&self, shape: &AttentionShape, batch: &StepBatch, qkv: &[f32], cache: &mut Self::KvCache);
-    /// Attends from each row to all positions of its sequence up to its own.
+    /// Attends from each row to the last `window` positions of its sequence up to its own, or to all of them.
     fn attention(
         &self,
+        scratch: &mut Self::Scratch,
         shape: &AttentionShape,
+        window: Option<u32>,
         batch: &StepBatch,
         qkv: &[f32],
         cache: &Self::KvCache,
@@ -59,6 +65,8 @@ pub(crate) struct AttentionShape {
     /// Tokens per page, a power of two.
     pub(crate) page_size: usize,
     pub(crate) num_pages: usize,
+    /// Scores are scaled by this, so that their variance does not grow with the head.
+    pub(crate) scale: f32,
 }
 
 impl AttentionShape {
@@ -88,11 +96,6 @@ impl AttentionShape {
         let page = batch.pages(seq)[position / self.page_size].0 as usize;
         debug_assert!(page < self.num_pages);
         page * self.page_size + position % self.page_size
-    }
-
-    /// Scores are scaled by this, so that their variance does not grow with the head.
-    pub(crate) fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
     }
 }
 

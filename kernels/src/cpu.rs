@@ -1,27 +1,35 @@
 //! The fast path: SIMD kernels on all cores, chosen at run time for the CPU at hand.
 //!
-//! Weights, keys and values are f16 in memory and f32 in the arithmetic. Invariant: every lane of every instruction
-//! set does the same IEEE operations in the same order (fused where written `fma`, nowhere else), so AVX-512, AVX2
-//! and portable code give the same bits, as do all shapes of tiles: a number is always accumulated by one chain of
-//! fused multiply-adds over increasing `k`. No op splits that chain between threads.
+//! Weights, activations, keys and values are bytes with f32 scales; products of bytes are summed exactly, scales and
+//! everything between matrices are f32. Invariant: every lane of every instruction set does the same IEEE operations
+//! in the same order (fused where written `fma`, nowhere else), so tiles, AVX-512, AVX2 and portable code give the
+//! same bits, as do all shapes of blocks. No op splits a chain of f32 sums between threads.
 
 mod add;
 mod attention;
+mod dots;
 mod elementwise;
 mod embed;
-mod gemm;
 mod isa;
+mod kv_cache;
 mod linear;
+mod matrix;
+pub(crate) mod packed;
+mod quantize;
 mod rms_norm;
 mod rope;
+mod scratch;
 mod shared;
 mod silu_mul;
-mod store_kv;
+mod tiles;
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use self::isa::Isa;
+pub(crate) use self::kv_cache::KvCache;
+pub(crate) use self::matrix::Matrix;
+use self::packed::Packing;
 use crate::backend::{AttentionShape, Backend, RopeTable};
 use crate::step::StepBatch;
 
@@ -31,39 +39,26 @@ pub(crate) const LANES: usize = 16;
 /// Tokens whose keys are stored together, transposed: pages hold whole groups.
 pub(crate) const KEY_GROUP_LEN: usize = LANES;
 
+/// Added to bytes that are stored unsigned.
+const OFFSET: i32 = 128;
+
 pub(crate) struct Cpu {
     pub(crate) isa: Isa,
+    /// Where matrices are packed to.
+    pub(crate) packing: Packing,
 }
 
-/// Weights in panels of [`LANES`] outputs: `[num_panels, num_inputs, LANES]` as f16, the last panel padded with zeros.
-pub(crate) struct Matrix {
-    num_outputs: usize,
-    num_inputs: usize,
-    panels: Vec<u16>,
-}
-
-/// f16 keys and values of one layer.
-pub(crate) struct KvCache {
-    /// `[num_pages, num_kv_heads, page_size / KEY_GROUP_LEN, head_dim, KEY_GROUP_LEN]`
-    keys: Vec<u16>,
-    /// `[num_pages, num_kv_heads, page_size, head_dim]`
-    values: Vec<u16>,
-}
-
-impl Matrix {
-    fn num_panels(&self) -> usize {
-        self.num_outputs.div_ceil(LANES)
-    }
-
-    /// Distance of two panels.
-    fn panel_len(&self) -> usize {
-        self.num_inputs * LANES
-    }
+/// Working memory of the ops.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    linear: linear::LinearScratch,
+    attention: attention::AttentionScratch,
 }
 
 impl Backend for Cpu {
     type Matrix = Matrix;
     type KvCache = KvCache;
+    type Scratch = Scratch;
 
     fn matrix(
         &self,
@@ -71,41 +66,31 @@ impl Backend for Cpu {
         num_inputs: usize,
         fill_row: &mut dyn FnMut(usize, &mut [f32]),
     ) -> Matrix {
-        let mut panels = vec![0u16; num_outputs.div_ceil(LANES) * num_inputs * LANES];
-        let mut row = vec![0.0; num_inputs];
-        for (index, panel) in panels.chunks_exact_mut(num_inputs * LANES).enumerate() {
-            for lane in 0..LANES.min(num_outputs - index * LANES) {
-                fill_row(index * LANES + lane, &mut row);
-                for (value, packed) in row.iter().zip(panel.chunks_exact_mut(LANES)) {
-                    packed[lane] = to_f16(*value);
-                }
-            }
-        }
-        Matrix { num_outputs, num_inputs, panels }
+        Matrix::new(self.isa, &self.packing, num_outputs, num_inputs, fill_row)
+    }
+
+    fn finish_loading(&self) {
+        self.packing.finish();
     }
 
     fn kv_cache(&self, shape: &AttentionShape) -> KvCache {
-        assert_eq!(shape.page_size % KEY_GROUP_LEN, 0, "pages hold whole groups of keys");
-        assert_eq!(shape.head_dim % LANES, 0, "heads consist of whole vectors");
-        // Zeroed memory costs nothing until a page is written.
-        let len = shape.num_slots() * shape.kv_len();
-        KvCache { keys: vec![0; len], values: vec![0; len] }
+        KvCache::new(shape)
     }
 
     fn kv_bytes(&self, shape: &AttentionShape) -> usize {
-        2 * shape.kv_len() * size_of::<u16>()
+        KvCache::bytes_per_token(shape)
     }
 
     fn embed(&self, table: &Matrix, token_ids: &[u32], out: &mut [f32]) {
-        embed::embed(table, token_ids, out);
+        embed::embed(self.isa, table, token_ids, out);
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
         rms_norm::rms_norm(self.isa, x, weight, epsilon, out);
     }
 
-    fn linear(&self, x: &[f32], weight: &Matrix, out: &mut [f32]) {
-        linear::linear(self.isa, x, weight, out);
+    fn linear(&self, scratch: &mut Scratch, x: &[f32], weight: &Matrix, out: &mut [f32]) {
+        linear::linear(self.isa, &mut scratch.linear, x, weight, out);
     }
 
     fn rope(&self, table: &RopeTable, shape: &AttentionShape, positions: &[u32], qkv: &mut [f32]) {
@@ -113,18 +98,20 @@ impl Backend for Cpu {
     }
 
     fn store_kv(&self, shape: &AttentionShape, batch: &StepBatch, qkv: &[f32], cache: &mut KvCache) {
-        store_kv::store_kv(shape, batch, qkv, cache);
+        kv_cache::store_kv(self.isa, shape, batch, qkv, cache);
     }
 
     fn attention(
         &self,
+        scratch: &mut Scratch,
         shape: &AttentionShape,
+        window: Option<u32>,
         batch: &StepBatch,
         qkv: &[f32],
         cache: &KvCache,
         out: &mut [f32],
     ) {
-        attention::attention(self.isa, shape, batch, qkv, cache, out);
+        attention::attention(self.isa, &mut scratch.attention, shape, window, batch, qkv, cache, out);
     }
 
     fn silu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {
@@ -134,10 +121,4 @@ impl Backend for Cpu {
     fn add(&self, x: &mut [f32], y: &[f32]) {
         add::add(self.isa, x, y);
     }
-}
-
-/// Rounds to f16; what is too large becomes the largest number, so that no infinity enters a sum. NaN stays.
-fn to_f16(value: f32) -> u16 {
-    let max = half::f16::MAX.to_f32();
-    half::f16::from_f32(value.clamp(-max, max)).to_bits()
 }

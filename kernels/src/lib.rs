@@ -8,6 +8,7 @@ mod backend;
 mod cpu;
 pub mod gguf;
 pub mod models;
+pub mod peak;
 pub mod quant;
 mod reference;
 pub mod sample;

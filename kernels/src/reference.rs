@@ -31,6 +31,7 @@ pub(crate) struct KvCache {
 
 impl Backend for Reference {
     type Matrix = Matrix;
+    type Scratch = ();
     type KvCache = KvCache;
 
     fn matrix(
@@ -63,7 +64,7 @@ impl Backend for Reference {
         rms_norm::rms_norm(x, weight, epsilon, out);
     }
 
-    fn linear(&self, x: &[f32], weight: &Matrix, out: &mut [f32]) {
+    fn linear(&self, (): &mut (), x: &[f32], weight: &Matrix, out: &mut [f32]) {
         linear::linear(x, weight, out);
     }
 
@@ -77,13 +78,15 @@ impl Backend for Reference {
 
     fn attention(
         &self,
+        (): &mut (),
         shape: &AttentionShape,
+        window: Option<u32>,
         batch: &StepBatch,
         qkv: &[f32],
         cache: &KvCache,
         out: &mut [f32],
     ) {
-        attention::attention(shape, batch, qkv, cache, out);
+        attention::attention(shape, window, batch, qkv, cache, out);
     }
 
     fn silu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {

@@ -4,6 +4,8 @@
 //! draw is computed from `(seed, position)`, there is no generator with a state, so neither the batch nor a restart
 //! can change a draw. Penalties and grammars are deliberately absent.
 
+use std::cell::RefCell;
+
 use crate::step::SamplingParams;
 
 /// The logits or the parameters cannot be sampled from.
@@ -19,42 +21,80 @@ pub enum SampleError {
     TopP,
 }
 
-/// Chooses the token at `position`.
+/// Logits looked at as one: a block without a candidate costs a comparison.
+const BLOCK_LEN: usize = 128;
+
+/// Tokens less likely than the best one by this factor, as its logarithm, are no candidates: all of a vocabulary of
+/// 2^20 together weigh less than 2^-24, which an f32 does not tell from nothing.
+const MAX_LOG_RATIO: f32 = 31.0;
+
+thread_local! {
+    /// Kept between draws, so that a draw allocates nothing.
+    static CANDIDATES: RefCell<Candidates> = RefCell::default();
+}
+
+/// What a draw is made from.
+#[derive(Default)]
+struct Candidates {
+    list: Vec<Candidate>,
+    weights: Vec<f64>,
+}
+
+/// Chooses the token at `position`, walking the vocabulary once.
 pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Result<u32, SampleError> {
-    let best = argmax(logits)?;
     if params.temperature.is_nan() || params.temperature < 0.0 {
         return Err(SampleError::Temperature);
     }
     if params.temperature == 0.0 || params.top_k == 1 {
-        return Ok(best);
+        return Ok(walk(logits, 0.0, |_| {})?.id);
     }
     if !(params.top_p > 0.0 && params.top_p <= 1.0) {
         return Err(SampleError::TopP);
     }
-    let mut candidates: Vec<Candidate> =
-        (0..).zip(logits).map(|(id, &logit)| Candidate { id, logit }).collect();
-    let top_k = params.top_k as usize;
-    if top_k > 0 && top_k < candidates.len() {
-        candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
-        candidates.truncate(top_k);
-    }
-    // Draws walk the candidates from the most likely on, so the order must not depend on the selection above.
-    candidates.sort_unstable_by(Candidate::order);
-    let max = logits[best as usize];
-    let weights: Vec<f64> =
-        candidates.iter().map(|c| f64::from((c.logit - max) / params.temperature).exp()).collect();
-    Ok(candidates[draw(&weights, params.top_p, uniform(params.seed, position))].id)
+    CANDIDATES.with_borrow_mut(|Candidates { list, weights }| {
+        list.clear();
+        let margin = MAX_LOG_RATIO * params.temperature;
+        let best = walk(logits, margin, |candidate| list.push(candidate))?;
+        // The best one was found after some of the list.
+        list.retain(|candidate| candidate.logit >= best.logit - margin);
+        let top_k = params.top_k as usize;
+        if top_k > 0 && top_k < list.len() {
+            list.select_nth_unstable_by(top_k - 1, Candidate::order);
+            list.truncate(top_k);
+        }
+        // Draws walk the list from the most likely on, so the order must not depend on the selection above.
+        list.sort_unstable_by(Candidate::order);
+        weights.clear();
+        let weight = |logit: f32| f64::from((logit - best.logit) / params.temperature).exp();
+        weights.extend(list.iter().map(|candidate| weight(candidate.logit)));
+        Ok(list[draw(weights, params.top_p, uniform(params.seed, position))].id)
+    })
 }
 
-/// The highest logit, the lowest id on ties. Negative infinity is a legal logit, but not for every token.
-fn argmax(logits: &[f32]) -> Result<u32, SampleError> {
-    let (mut best, mut max) = (None, f32::NEG_INFINITY);
-    for (id, &logit) in (0u32..).zip(logits) {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(SampleError::NotFinite { token_id: id });
+/// Finds the highest logit, the lowest id on ties, and shows every logit that is within `margin` of the highest one
+/// so far. Negative infinity is a legal logit, but not for every token.
+fn walk(logits: &[f32], margin: f32, mut show: impl FnMut(Candidate)) -> Result<Candidate, SampleError> {
+    let mut best: Option<Candidate> = None;
+    for (block, values) in (0u32..).zip(logits.chunks(BLOCK_LEN)) {
+        // Written without early exits, so that it becomes vector instructions.
+        let (mut max, mut is_bad) = (f32::NEG_INFINITY, false);
+        for &value in values {
+            max = if value > max { value } else { max };
+            is_bad |= value.is_nan() | (value == f32::INFINITY);
         }
-        if logit > max {
-            (best, max) = (Some(id), logit);
+        let with_id = || (block * BLOCK_LEN as u32..).zip(values).map(|(id, &logit)| Candidate { id, logit });
+        if is_bad {
+            let bad = with_id().find(|c| c.logit.is_nan() || c.logit == f32::INFINITY).map_or(0, |c| c.id);
+            return Err(SampleError::NotFinite { token_id: bad });
+        }
+        if max > best.map_or(f32::NEG_INFINITY, |best| best.logit) {
+            best = with_id().find(|candidate| candidate.logit == max);
+        }
+        if let Some(best) = best
+            && margin > 0.0
+            && max >= best.logit - margin
+        {
+            with_id().filter(|candidate| candidate.logit >= best.logit - margin).for_each(&mut show);
         }
     }
     best.ok_or(if logits.is_empty() { SampleError::Empty } else { SampleError::NotFinite { token_id: 0 } })
@@ -115,7 +155,7 @@ mod tests {
     use super::*;
 
     fn params(temperature: f32, top_k: u32, top_p: f32, seed: u64) -> SamplingParams {
-        SamplingParams { temperature, top_p, top_k, seed }
+        SamplingParams { temperature, top_p, top_k, seed, ..SamplingParams::GREEDY }
     }
 
     /// How often each of four tokens is drawn over many positions.
@@ -165,6 +205,18 @@ mod tests {
         let by_seed: Vec<u32> = (0..20).map(|seed| draw(seed, 7)).collect();
         assert!(by_position.iter().any(|&id| id != by_position[0]));
         assert!(by_seed.iter().any(|&id| id != by_seed[0]));
+    }
+
+    #[test]
+    fn blocks_and_margins_change_nothing() {
+        // The best logit is in a late block, ties are in two of them, and most of the tail is out of the margin.
+        let mut logits: Vec<f32> = (0..1000).map(|i| -(i % 97) as f32).collect();
+        (logits[700], logits[900]) = (5.0, 5.0);
+        assert_eq!(sample(&logits, &SamplingParams::GREEDY, 0), Ok(700));
+        let hot: Vec<u32> = (0..500).map(|i| sample(&logits, &params(1e6, 0, 1.0, 1), i).unwrap()).collect();
+        assert!(hot.iter().any(|&id| id < 128) && hot.iter().any(|&id| id > 900), "all are as likely");
+        let cold: Vec<u32> = (0..100).map(|i| sample(&logits, &params(0.1, 0, 1.0, 1), i).unwrap()).collect();
+        assert!(cold.iter().all(|id| [700, 900].contains(id)) && cold.contains(&700) && cold.contains(&900));
     }
 
     #[test]

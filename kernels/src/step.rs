@@ -24,10 +24,12 @@ pub struct SamplingParams {
     pub top_k: u32,
     /// With the position of the token, decides the draw; so a draw never depends on the batch.
     pub seed: u64,
+    /// Tokens that end an answer are taken like others, so the answer has its full length.
+    pub ignore_eos: bool,
 }
 
 impl SamplingParams {
-    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, ignore_eos: false };
 }
 
 /// One forward pass over any mix of prefill chunks and decodes.

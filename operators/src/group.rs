@@ -1,10 +1,10 @@
 //! `group`: prompts leave in an order that reuses prefixes, at the rate the engines ask for them.
 //!
-//! One worker sees the whole window, so equal prefixes meet wherever they were tokenized. Nothing waits for the
-//! window to fill: prompts leave while an engine has room ([`Demand`]), and those that arrive meanwhile take their
-//! place in the order at once. Each prompt tells its engine how many later ones share its prefixes, so that the
-//! engine keeps what is still needed. The order itself is in [`window`] and [`tree`]; pages and cached prefixes are
-//! the engine's business.
+//! One worker sees the whole window, so equal prefixes meet wherever they were tokenized, and it routes each to
+//! one of the engines, however many workers there are. Nothing waits for the window to fill: prompts leave while an
+//! engine has room ([`Demand`]), and those that arrive meanwhile take their place in the order at once. Each prompt
+//! tells its engine how many later ones share its prefixes, so that the engine keeps what is still needed. The order
+//! itself is in [`window`] and [`tree`]; pages and cached prefixes are the engine's business.
 
 pub mod distinct;
 pub mod tree;
@@ -26,12 +26,12 @@ use crate::tokenize::Prompt;
 use distinct::DistinctTokens;
 use window::{Window, WindowLimits};
 
-/// How many prompts each worker's engine has, and how many it wants.
+/// How many prompts each engine has, and how many it wants.
 ///
 /// `group` is the only one to raise a count, `infer` the only one to lower it.
 #[derive(Debug)]
 pub struct Demand {
-    /// `[num_workers]`
+    /// `[num_engines]`
     outstanding: Vec<AtomicUsize>,
     target: usize,
     group: OnceLock<SyncActivator>,
@@ -39,28 +39,28 @@ pub struct Demand {
 
 impl Demand {
     /// Each engine is handed prompts until it has `target` of them.
-    pub fn new(num_workers: usize, target: usize) -> Self {
+    pub fn new(num_engines: usize, target: usize) -> Self {
         assert!(target > 0);
-        let outstanding = (0..num_workers).map(|_| AtomicUsize::new(0)).collect();
+        let outstanding = (0..num_engines).map(|_| AtomicUsize::new(0)).collect();
         Self { outstanding, target, group: OnceLock::new() }
     }
 
-    fn take(&self, worker: usize) -> bool {
-        if self.outstanding[worker].load(Ordering::Acquire) >= self.target {
+    fn take(&self, engine: usize) -> bool {
+        if self.outstanding[engine].load(Ordering::Acquire) >= self.target {
             return false;
         }
-        self.outstanding[worker].fetch_add(1, Ordering::AcqRel);
+        self.outstanding[engine].fetch_add(1, Ordering::AcqRel);
         true
     }
 
-    fn give_back(&self, worker: usize) {
-        let before = self.outstanding[worker].fetch_sub(1, Ordering::AcqRel);
+    fn give_back(&self, engine: usize) {
+        let before = self.outstanding[engine].fetch_sub(1, Ordering::AcqRel);
         assert!(before > 0, "more prompts finished than were handed out");
     }
 
-    /// A prompt of this worker is finished: there is room for another.
-    pub fn finished(&self, worker: usize) {
-        self.give_back(worker);
+    /// A prompt of this engine is finished: there is room for another.
+    pub fn finished(&self, engine: usize) {
+        self.give_back(engine);
         if let Some(group) = self.group.get() {
             // Fails only when the worker is gone, and then nobody needs waking.
             let _ = group.activate();
@@ -70,7 +70,7 @@ impl Demand {
 
 /// Extension trait of prompt streams.
 pub trait Group<'scope> {
-    /// Orders prompts by shared prefix and size and hands each to a worker.
+    /// Orders prompts by shared prefix and size and hands each to an engine.
     fn group(
         self,
         demand: Arc<Demand>,
@@ -90,12 +90,12 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
         let worker_index = wake.index();
         let to_first = Exchange::new(|_: &Prompt| 0);
         self.unary::<CapacityContainerBuilder<Vec<Prompt>>, _, _, _>(to_first, "Group", move |_, info| {
-            let num_workers = demand.outstanding.len();
+            let num_engines = demand.outstanding.len();
             if worker_index == 0 {
                 // Set once: a second dataflow over the same demand would be a bug of the renderer.
                 demand.group.set(wake.sync_activator_for(info.address.to_vec())).expect("one group a demand");
             }
-            let mut window: Window<(Epoch, Prompt)> = Window::new(num_workers, limits);
+            let mut window: Window<(Epoch, Prompt)> = Window::new(num_engines, limits);
             // Only the first worker has prompts to count.
             let mut distinct: Option<DistinctTokens> = None;
             let mut held: BTreeMap<Epoch, (Capability<Epoch>, usize)> = BTreeMap::new();
@@ -112,13 +112,13 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     }
                     Counters::add(&counters.distinct_tokens, distinct.estimate().saturating_sub(before));
                 });
-                for worker in 0..num_workers {
-                    while !window.is_empty() && demand.take(worker) {
-                        let Some(((epoch, mut prompt), shared)) = window.next_for(worker) else {
-                            demand.give_back(worker);
+                for engine in 0..num_engines {
+                    while !window.is_empty() && demand.take(engine) {
+                        let Some(((epoch, mut prompt), shared)) = window.next_for(engine) else {
+                            demand.give_back(engine);
                             break;
                         };
-                        prompt.worker = worker as u32;
+                        prompt.engine = engine as u32;
                         prompt.shared = shared.into();
                         let (capability, count) = held.get_mut(&epoch).expect("held with its first prompt");
                         output.session(&*capability).give(prompt);

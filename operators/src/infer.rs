@@ -1,4 +1,4 @@
-//! `infer`: prompts in, answered documents out, with the engine on a thread of its own.
+//! `infer`: prompts in, answered documents out, with each engine on a thread of its own.
 //!
 //! The operator never blocks and never computes: it hands prompts to a [`runner`] and is woken when answers
 //! are in its mailbox. It keeps one capability an open epoch and drops it with the epoch's last answer, so
@@ -77,33 +77,33 @@ impl Drop for Watch {
 /// Documents whose answers are being made.
 #[derive(Default)]
 struct Open {
-    /// By tag.
-    documents: BTreeMap<u64, (Epoch, Document)>,
+    /// By tag, with the engine that answers.
+    documents: BTreeMap<u64, (Epoch, u32, Document)>,
     /// The capability of each epoch and how many of its documents are open.
     epochs: BTreeMap<Epoch, (Capability<Epoch>, usize)>,
     next_tag: u64,
 }
 
 impl Open {
-    fn insert(&mut self, epoch: Epoch, document: Document) -> u64 {
+    fn insert(&mut self, epoch: Epoch, engine: u32, document: Document) -> u64 {
         let tag = self.next_tag;
         self.next_tag += 1;
-        self.documents.insert(tag, (epoch, document));
+        self.documents.insert(tag, (epoch, engine, document));
         tag
     }
 
-    fn remove(&mut self, tag: u64) -> (Epoch, Document) {
+    fn remove(&mut self, tag: u64) -> (Epoch, u32, Document) {
         self.documents.remove(&tag).expect("a tag is answered once")
     }
 }
 
 /// Extension trait of grouped prompt streams.
 pub trait Infer<'scope> {
-    /// Answers each prompt on the worker it was assigned to.
+    /// Answers each prompt on the engine it was assigned to; any worker may serve any engine.
     fn infer(
         self,
         step: Arc<str>,
-        engine: EngineHandle,
+        engines: Vec<EngineHandle>,
         demand: Arc<Demand>,
     ) -> StreamVec<'scope, Epoch, Document>;
 }
@@ -112,12 +112,11 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
     fn infer(
         self,
         step: Arc<str>,
-        engine: EngineHandle,
+        engines: Vec<EngineHandle>,
         demand: Arc<Demand>,
     ) -> StreamVec<'scope, Epoch, Document> {
         let worker = self.scope().worker();
-        let index = worker.index();
-        let assigned = Exchange::new(|prompt: &Prompt| u64::from(prompt.worker));
+        let assigned = Exchange::new(|prompt: &Prompt| u64::from(prompt.engine));
         self.unary::<CapacityContainerBuilder<Vec<Document>>, _, _, _>(assigned, "Infer", move |_, info| {
             let mailbox = Arc::new(Mailbox::new(worker.sync_activator_for(info.address.to_vec())));
             let mut open = Open::default();
@@ -127,8 +126,8 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     let epoch = *capability.time();
                     open.epochs.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
                     for prompt in prompts.drain(..) {
-                        let tag = open.insert(epoch, prompt.document);
-                        engine.submit(Work {
+                        let tag = open.insert(epoch, prompt.engine, prompt.document);
+                        engines[prompt.engine as usize].submit(Work {
                             tag,
                             key: prompt.key,
                             token_ids: prompt.token_ids,
@@ -141,7 +140,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     }
                 });
                 for (tag, generated) in mailbox.take() {
-                    let (epoch, mut document) = open.remove(tag);
+                    let (epoch, engine, mut document) = open.remove(tag);
                     document.results.insert(Arc::clone(&step), generated);
                     let (capability, count) = open.epochs.get_mut(&epoch).expect("open with its documents");
                     output.session(&*capability).give(document);
@@ -149,7 +148,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     if *count == 0 {
                         open.epochs.remove(&epoch);
                     }
-                    demand.finished(index);
+                    demand.finished(engine as usize);
                 }
             }
         })

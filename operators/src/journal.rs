@@ -48,6 +48,7 @@ impl JournalKey {
         hasher.update(&sampling.top_p.to_le_bytes());
         hasher.update(&sampling.top_k.to_le_bytes());
         hasher.update(&sampling.seed.to_le_bytes());
+        hasher.update(&[u8::from(sampling.ignore_eos)]);
         for token_id in token_ids {
             hasher.update(&token_id.to_le_bytes());
         }
@@ -150,6 +151,7 @@ mod tests {
             key("m", &[1, 2], 9, &greedy),
             key("m", &[1, 2], 8, &SamplingParams { temperature: 0.5, ..greedy }),
             key("m", &[1, 2], 8, &SamplingParams { seed: 1, ..greedy }),
+            key("m", &[1, 2], 8, &SamplingParams { ignore_eos: true, ..greedy }),
         ] {
             assert_ne!(base, other);
         }

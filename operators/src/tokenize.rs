@@ -27,9 +27,9 @@ pub struct Prompt {
     pub max_tokens: u32,
     pub sampling: SamplingParams,
     pub key: JournalKey,
-    /// The worker whose engine answers it; set by `group`.
-    pub worker: u32,
-    /// What prompts that come later on the same worker share with it; set by `group`.
+    /// The engine that answers it; set by `group`.
+    pub engine: u32,
+    /// What prompts that come later for the same engine share with it; set by `group`.
     pub shared: Arc<[SharedPrefix]>,
 }
 
@@ -71,7 +71,7 @@ impl PromptBuilder {
                     max_tokens: self.max_tokens,
                     sampling,
                     key,
-                    worker: 0,
+                    engine: 0,
                     shared,
                 })
             }

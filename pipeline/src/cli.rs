@@ -10,6 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use tidemill_kernels::gguf::Gguf;
 
+use crate::bench::{Bench, BenchError, bench};
 use crate::explain::{ExplainError, explain, graph};
 use crate::models::catalogue::{CATALOGUE, FAKE, ModelRef, resolve};
 use crate::models::pull::{PullError, pull, verified};
@@ -35,6 +36,7 @@ Examples:
   tidemill check pipeline.yaml         find mistakes before anything runs
   tidemill explain pipeline.yaml       count tokens and shared prefixes beforehand
   tidemill run pipeline.yaml           run it; after a crash, run it again to go on
+  tidemill bench engine                prefill and decode speed, beside what the machine can do
   tidemill models pull smollm2-135m-instruct
 
 Exit codes: 0 done, 1 failed, 2 wrong definition or command line, 3 error budget exceeded, 130 interrupted.";
@@ -55,6 +57,9 @@ enum Command {
     Check { file: PathBuf },
     /// Show the graph and count the input's tokens, without running the model
     Explain(ExplainArgs),
+    /// Measure how fast this machine runs a model
+    #[command(subcommand)]
+    Bench(Bench),
     /// Fetch and look at models
     #[command(subcommand)]
     Models(ModelsCommand),
@@ -67,7 +72,7 @@ enum Command {
 struct RunArgs {
     /// The pipeline's definition
     file: PathBuf,
-    /// Dataflow workers; each has an engine of its own, and they share the cores and the weights
+    /// Dataflow workers, which render and tokenize; the engines are the definition's, whatever their number
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: u16,
     /// Replace output that is finished or was made by another definition
@@ -85,8 +90,6 @@ struct RunArgs {
 struct ExplainArgs {
     /// The pipeline's definition
     file: PathBuf,
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
-    workers: u16,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -117,6 +120,8 @@ pub enum CliError {
     #[error(transparent)]
     Explain(#[from] ExplainError),
     #[error(transparent)]
+    Bench(#[from] BenchError),
+    #[error(transparent)]
     Pull(#[from] PullError),
     #[error(transparent)]
     Gguf(#[from] tidemill_kernels::gguf::GgufError),
@@ -139,7 +144,9 @@ pub enum CliError {
 impl CliError {
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Spec(_) | Self::UnknownModel { .. } => exit::USAGE,
+            Self::Spec(_)
+            | Self::UnknownModel { .. }
+            | Self::Bench(BenchError::UnknownModel { .. } | BenchError::Definition(_)) => exit::USAGE,
             Self::OverBudget { .. } => exit::OVER_BUDGET,
             Self::Interrupted => exit::INTERRUPTED,
             _ => exit::FAILED,
@@ -152,6 +159,7 @@ impl CliError {
             Self::Spec(error) => error.help.clone(),
             Self::Run(error) => error.help(),
             Self::Explain(error) => error.help(),
+            Self::Bench(error) => error.help(),
             Self::Pull(error) => Some(error.help()),
             Self::UnknownModel { nearest, .. } => Some(format!("known are: {nearest}")),
             Self::OverBudget { .. } => {
@@ -173,6 +181,7 @@ pub fn execute(cli: Cli) -> Result<(), CliError> {
             print(&format!("{} is fine: {num_steps} steps, model {model}\n", file.display()))
         }
         Command::Explain(args) => explain_command(&args),
+        Command::Bench(command) => Ok(bench(&command)?),
         Command::Models(command) => models_command(command),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -233,7 +242,7 @@ fn run_command(args: &RunArgs) -> Result<(), CliError> {
 fn explain_command(args: &ExplainArgs) -> Result<(), CliError> {
     let checked = checked(&args.file)?;
     let graph = graph(&checked.plan);
-    let explanation = explain(checked, args.workers.into(), &|what| eprintln!("{what} …"))?;
+    let explanation = explain(checked, &|what| eprintln!("{what} …"))?;
     if args.json {
         let text = serde_json::to_string_pretty(&explanation).expect("plain data");
         return print(&(text + "\n"));

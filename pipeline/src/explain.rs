@@ -39,7 +39,7 @@ pub struct Explanation {
     pub files: usize,
     pub documents: u64,
     pub malformed: u64,
-    /// Tokens that the KV cache of one worker holds.
+    /// Tokens that the KV cache of one engine holds.
     pub kv_tokens: u64,
     pub max_seq_len: u32,
     /// `None` for a step that cannot be counted beforehand.
@@ -65,13 +65,10 @@ impl ExplainError {
 }
 
 /// Counts a plan's input.
-pub fn explain(
-    checked: Checked,
-    num_workers: usize,
-    say: &dyn Fn(&str),
-) -> Result<Explanation, ExplainError> {
+pub fn explain(checked: Checked, say: &dyn Fn(&str)) -> Result<Explanation, ExplainError> {
     let Checked { plan, mut source } = checked;
-    let engines = load(&plan, say)?.engines(&plan.engine, num_workers)?;
+    let loaded = load(&plan.model, &plan.model_name, plan.devices, say)?;
+    let engines = loaded.engines(&plan.engine, plan.devices)?;
     let mut explanation = Explanation {
         name: plan.name.clone(),
         model: plan.model_name.clone(),
@@ -191,7 +188,7 @@ impl Explanation {
         }
         line("model", self.model.clone());
         line("  longest sequence", format!("{} tokens", thousands(self.max_seq_len.into())));
-        line("  KV cache", format!("{} tokens for each worker", thousands(self.kv_tokens)));
+        line("  KV cache", format!("{} tokens for each engine", thousands(self.kv_tokens)));
         for (name, cost) in &self.steps {
             line("step", name.clone());
             let Some(cost) = cost else {

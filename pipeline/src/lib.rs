@@ -4,8 +4,10 @@
 //! behind the seams of `tidemill-kernels` and `tidemill-connectors`.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod cli;
 pub mod clock;
+pub mod cores;
 pub mod explain;
 pub mod models;
 pub mod plan;

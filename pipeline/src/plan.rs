@@ -4,6 +4,8 @@
 //! stands at the value at fault. Whether the model's file and the output can be used is found out by
 //! [`run`](crate::run), since checking must not fetch or write anything.
 
+pub mod device;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,9 +19,10 @@ use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::template::Template;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
+use self::device::Devices;
 use crate::models::catalogue::{ModelRef, resolve};
 use crate::spec::{
-    Budget, Definition, Device, FilesSpec, GenerateSpec, PathSpec, SinkSpec, SourceSpec, Spanned, SpecError,
+    Budget, Definition, FilesSpec, GenerateSpec, PathSpec, SinkSpec, SourceSpec, Spanned, SpecError,
     StepSpec, TargetSpec,
 };
 
@@ -46,7 +49,7 @@ pub struct Plan {
     pub name: String,
     pub model: ModelRef,
     pub model_name: String,
-    pub device: Device,
+    pub devices: Devices,
     pub input_schema: SchemaRef,
     pub source_path: PathBuf,
     pub steps: Vec<GeneratePlan>,
@@ -86,6 +89,17 @@ pub struct EnginePlan {
     pub kv_cache_bytes: u64,
 }
 
+impl Default for EnginePlan {
+    fn default() -> Self {
+        Self {
+            max_num_seqs: DEFAULT_MAX_NUM_SEQS,
+            max_num_batched_tokens: DEFAULT_MAX_NUM_BATCHED_TOKENS,
+            page_size: DEFAULT_PAGE_SIZE,
+            kv_cache_bytes: DEFAULT_KV_CACHE_MEMORY,
+        }
+    }
+}
+
 /// The most that is read and not yet written.
 #[derive(Clone, Copy, Debug)]
 pub struct CreditPlan {
@@ -112,6 +126,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
         return Err(definition.error(&spec.name, "name", "the name is empty", None));
     }
     let model = model(definition)?;
+    let devices = device::devices(definition)?;
     let credit = credit(definition)?;
     let engine = engine(definition)?;
     let (source, source_path) = source(definition, &credit)?;
@@ -119,12 +134,12 @@ pub fn check(definition: &Definition) -> Result<Checked> {
     let steps = steps(definition, &input_schema)?;
     let sink = sink(definition)?;
     refuse_output_in_input(definition, &source_path, &sink)?;
-    let fingerprint = fingerprint(definition, &steps);
+    let fingerprint = fingerprint(definition, devices, &steps);
     let plan = Plan {
         name: spec.name.value.clone(),
         model,
         model_name: spec.model.name.value.clone(),
-        device: spec.model.device,
+        devices,
         input_schema,
         source_path,
         steps,
@@ -379,6 +394,7 @@ fn sampling(definition: &Definition, spec: &GenerateSpec, key: &str) -> Result<S
         top_p: in_range(&spec.top_p, "top_p", 1.0, 1.0)?,
         top_k: spec.top_k.unwrap_or(0),
         seed: spec.seed.unwrap_or(0),
+        ignore_eos: spec.ignore_eos,
     })
 }
 
@@ -520,8 +536,10 @@ fn resolve_path(definition: &Definition, path: &str) -> PathBuf {
 }
 
 /// Everything that decides the output, and nothing that only decides how fast it comes.
-fn fingerprint(definition: &Definition, steps: &[GeneratePlan]) -> Value {
+fn fingerprint(definition: &Definition, devices: Devices, steps: &[GeneratePlan]) -> Value {
     let spec = &definition.spec;
+    // The number of engines decides nothing.
+    let path = if devices == Devices::Reference { "reference" } else { "auto" };
     let files = |kind: &str, files: &FilesSpec| {
         let columns: Option<Vec<&str>> = files
             .columns
@@ -536,12 +554,13 @@ fn fingerprint(definition: &Definition, steps: &[GeneratePlan]) -> Value {
                 "name": &*step.name, "system": step.system, "prompt": step.prompt, "max_tokens": step.max_tokens,
                 "temperature": step.sampling.temperature, "top_p": step.sampling.top_p,
                 "top_k": step.sampling.top_k, "seed": step.sampling.seed,
+                "ignore_eos": step.sampling.ignore_eos,
             }})
         })
         .collect();
     json!({
         "name": spec.name.value,
-        "model": { "name": spec.model.name.value, "device": spec.model.device },
+        "model": { "name": spec.model.name.value, "device": path },
         "source": match &spec.source {
             SourceSpec::Parquet(parquet) => files("parquet", parquet),
             SourceSpec::Jsonl(jsonl) => files("jsonl", jsonl),

@@ -88,7 +88,7 @@ pub fn render<'scope>(
     scope: Scope<'scope, Epoch>,
     shared: &Shared,
     builders: Vec<PromptBuilder>,
-    engine: &EngineHandle,
+    engines: &[EngineHandle],
     input: Option<SourceThread>,
     output: Option<SinkThread>,
 ) -> ProbeHandle<Epoch> {
@@ -122,7 +122,7 @@ pub fn render<'scope>(
         );
         let limits = WindowLimits::new(shared.credit.documents as usize, shared.credit.bytes);
         let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.counters));
-        let inferred = grouped.infer(step, engine.clone(), Arc::clone(demand));
+        let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand));
         documents = scope.concatenate([answered, inferred]);
         errors.push(refused);
     }

@@ -11,10 +11,10 @@ use tidemill_connectors::source::{Source, SourceError};
 use tidemill_operators::counters::Counters;
 use tidemill_operators::group::Demand;
 use tidemill_operators::infer::Failure;
-use tidemill_operators::infer::engine::{Engine, EngineStats};
-use tidemill_operators::infer::runner::{Runner, RunnerContext};
+use tidemill_operators::infer::engine::EngineStats;
+use tidemill_operators::infer::runner::{EngineHandle, Runner, RunnerContext};
 use tidemill_operators::journal::{Journal, JournalError};
-use tidemill_operators::tokenize::{PromptBuilder, TextModel};
+use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::clock::Clock;
 use crate::models::load::{Engines, LoadError, load};
@@ -105,8 +105,8 @@ pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> 
     };
     let journal_path = output.state_dir().map(|folder| folder.join(JOURNAL));
     let journal = journal_path.as_deref().map(Journal::open).transpose()?;
-    let loaded = load(&plan, &|what| eprintln!("{what} …"))?;
-    let engines = loaded.engines(&plan.engine, options.num_workers)?;
+    let loaded = load(&plan.model, &plan.model_name, plan.devices, &|what| eprintln!("{what} …"))?;
+    let engines = loaded.engines(&plan.engine, plan.devices)?;
     let shared = share(&plan, journal, options);
     let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
     let rows = Rows::new(
@@ -158,7 +158,11 @@ fn share(plan: &Plan, journal: Option<Journal>, options: &RunOptions) -> Shared 
         stop: Arc::clone(&options.stop),
         journal,
         epochs: Arc::new(EpochLog::default()),
-        demands: plan.steps.iter().map(|_| Arc::new(Demand::new(options.num_workers, target))).collect(),
+        demands: plan
+            .steps
+            .iter()
+            .map(|_| Arc::new(Demand::new(plan.devices.num_engines(), target)))
+            .collect(),
         credit: plan.credit,
     }
 }
@@ -187,7 +191,7 @@ struct Ends {
 
 /// What one worker takes with it.
 struct WorkerPart {
-    engine: Engine,
+    engines: Vec<EngineHandle>,
     ends: Option<(SourceThread, SinkThread)>,
 }
 
@@ -200,31 +204,51 @@ fn execute(
 ) -> Result<Vec<EngineStats>, RunError> {
     let reading: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
     let text = Arc::clone(&ends.engines.text);
+    let (runners, handles) = start_engines(ends.engines, shared)?;
     let mut first = Some((SourceThread::new(ends.source, Arc::clone(&reading)), ends.sink));
-    let parts: Vec<Mutex<Option<WorkerPart>>> = ends
-        .engines
-        .engines
-        .into_iter()
-        .map(|engine| Mutex::new(Some(WorkerPart { engine, ends: first.take() })))
+    let parts: Vec<Mutex<Option<WorkerPart>>> = (0..num_workers)
+        .map(|_| Mutex::new(Some(WorkerPart { engines: handles.clone(), ends: first.take() })))
         .collect();
+    drop(handles);
     let steps = plan.steps.clone();
     let shared = shared.clone();
     let guards = timely::execute(timely::Config::process(num_workers), move |worker| {
         let part = parts[worker.index()].lock().unwrap_or_else(PoisonError::into_inner).take();
         let part = part.expect("each worker starts once");
         let builders = steps.iter().map(|step| step.builder(&text)).collect();
-        drive(worker, &shared, part, builders, &text)
+        drive(worker, &shared, part, builders);
     })
     .map_err(RunError::Worker)?;
-    let mut stats = Vec::new();
     for result in guards.join() {
-        stats.push(result.map_err(RunError::Worker)??);
+        result.map_err(RunError::Worker)?;
     }
     for thread in reading.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
         // A panic there was reported as a failure already.
         let _ = thread.join();
     }
-    Ok(stats)
+    Ok(runners.into_iter().map(Runner::join).collect())
+}
+
+/// Starts the threads of all engines, each on its cores.
+fn start_engines(engines: Engines, shared: &Shared) -> Result<(Vec<Runner>, Vec<EngineHandle>), RunError> {
+    let mut started = (Vec::new(), Vec::new());
+    for (engine, cores) in engines.engines {
+        let context = RunnerContext {
+            text: Arc::clone(&engines.text),
+            journal: shared.journal.clone(),
+            counters: Arc::clone(&shared.counters),
+            failure: shared.failure.clone(),
+            cancel: Arc::clone(&shared.stop),
+        };
+        let start = || Runner::start(engine, context);
+        let (runner, handle) = match cores {
+            Some(cores) => cores.pinned(start),
+            None => start(),
+        }?;
+        started.0.push(runner);
+        started.1.push(handle);
+    }
+    Ok(started)
 }
 
 fn drive(
@@ -232,27 +256,17 @@ fn drive(
     shared: &Shared,
     part: WorkerPart,
     builders: Vec<PromptBuilder>,
-    text: &Arc<TextModel>,
-) -> Result<EngineStats, std::io::Error> {
-    let context = RunnerContext {
-        text: Arc::clone(text),
-        journal: shared.journal.clone(),
-        counters: Arc::clone(&shared.counters),
-        failure: shared.failure.clone(),
-        cancel: Arc::clone(&shared.stop),
-    };
+) {
     let _watch = shared.failure.watch("worker");
-    let (runner, handle) = Runner::start(part.engine, context)?;
     let (input, output) = part.ends.unzip();
     let dataflow = worker.next_dataflow_index();
-    let probe = worker.dataflow(|scope| render(scope, shared, builders, &handle, input, output));
-    drop(handle);
+    let probe = worker.dataflow(|scope| render(scope, shared, builders, &part.engines, input, output));
+    drop(part.engines);
     while !probe.done() && !shared.should_stop() {
         worker.step_or_park(Some(PARK));
     }
     // Ends the operators, and with them the threads that they feed.
     worker.drop_dataflow(dataflow);
-    Ok(runner.join())
 }
 
 /// Asks a run to end; the second time, ends the process.

@@ -6,8 +6,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
-use serde::{Deserialize, Serialize};
 pub use serde_saphyr::{Location, Spanned};
 
 /// A whole definition file.
@@ -31,21 +31,13 @@ pub struct Spec {
 pub struct ModelSpec {
     /// A name from `tidemill models list`, or the path of a GGUF file.
     pub name: Spanned<String>,
-    #[serde(default)]
-    pub device: Device,
+    /// The same as `device` of the engine.
+    pub device: Option<Spanned<DeviceSpec>>,
 }
 
-/// Where the model runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Device {
-    /// The fastest there is.
-    #[default]
-    Auto,
-    Cpu,
-    /// Plain f32 loops: slow, the measure of all other paths.
-    Reference,
-}
+/// The names of one or more devices; each has an engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSpec(pub Vec<String>);
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -82,6 +74,9 @@ pub struct GenerateSpec {
     pub top_p: Option<Spanned<f32>>,
     pub top_k: Option<u32>,
     pub seed: Option<u64>,
+    /// Answers have `max_tokens` tokens, whatever the model says; for measuring.
+    #[serde(default)]
+    pub ignore_eos: bool,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -125,10 +120,11 @@ pub enum Budget {
     Documents(u64),
 }
 
-/// Bounds of the inference engine, one per worker.
+/// The inference engines and their bounds.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSpec {
+    pub device: Option<Spanned<DeviceSpec>>,
     pub max_num_seqs: Option<Spanned<u32>>,
     pub max_num_batched_tokens: Option<Spanned<u32>>,
     pub page_size: Option<Spanned<u32>>,
@@ -268,6 +264,32 @@ impl SpecError {
         self.column = indent + 1;
         self.span = start + indent..start + text.len();
         self
+    }
+}
+
+impl<'de> Deserialize<'de> for DeviceSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct DeviceVisitor;
+        impl<'de> Visitor<'de> for DeviceVisitor {
+            type Value = DeviceSpec;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a device such as `cpu` or a list such as `[cpu:0, cpu:1]`")
+            }
+
+            fn visit_str<E: de::Error>(self, value: &str) -> Result<DeviceSpec, E> {
+                Ok(DeviceSpec(vec![value.to_owned()]))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<DeviceSpec, A::Error> {
+                let mut names = Vec::new();
+                while let Some(name) = list.next_element()? {
+                    names.push(name);
+                }
+                Ok(DeviceSpec(names))
+            }
+        }
+        deserializer.deserialize_any(DeviceVisitor)
     }
 }
 

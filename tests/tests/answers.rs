@@ -67,12 +67,8 @@ fn answers(
     // Twice: the second time the prefix cache is warm.
     for _ in 0..2 {
         for &index in &order {
-            let request = SequenceRequest {
-                id: SequenceId(index as u64),
-                token_ids: Arc::clone(&prompts[index]),
-                max_tokens: MAX_TOKENS,
-                sampling: SamplingParams::GREEDY,
-            };
+            let (id, token_ids) = (SequenceId(index as u64), Arc::clone(&prompts[index]));
+            let request = SequenceRequest::new(id, token_ids, MAX_TOKENS, SamplingParams::GREEDY);
             engine.submit(request).unwrap();
         }
         while engine.has_work() {

@@ -62,7 +62,17 @@ fn mistakes_in_a_definition_name_their_place() {
     check(("input.parquet", "inputs.parquet"), &["pipeline.yaml:3:", "inputs.parquet"]);
     check(("name: fake", "name: smollm2-135m"), &["pipeline.yaml:2:", "no model", "smollm2-135m-instruct"]);
     check(("name: fake", "name: mine.gguf"), &["no model file", "mine.gguf"]);
-    check(("name: fake", "name: fake, device: tpu"), &["tpu", "cpu"]);
+    check(("name: fake", "name: fake, device: tpu"), &["pipeline.yaml:2:", "model.device", "\"tpu\"", "cpu"]);
+    let engine = |device: &str| format!("engine: {{ device: {device} }}\nsteps:");
+    for (device, message) in [
+        ("[cpu:0, cpu:2]", "\"cpu:2\" stands where cpu:1 is expected"),
+        ("[cpu:0, reference]", "\"reference\" stands where cpu:1 is expected"),
+        ("[]", "names no device"),
+        ("[gpu]", "no device \"gpu\""),
+    ] {
+        check(("steps:", &engine(device)), &["pipeline.yaml:4:19", "engine.device", message, "reference"]);
+    }
+    check(("steps:", &engine("7")), &["pipeline.yaml:4:", "a device such as"]);
     check(("name: summary", "name: body"), &["pipeline.yaml:6:", "\"body\" that is there already"]);
     check(("name: summary", "name: two words"), &["pipeline.yaml:6:", "cannot name a column"]);
     check(("budget: 50%", "budget: half"), &["pipeline.yaml:12:", "half", "5%"]);

@@ -1,30 +1,50 @@
-//! Causal attention over the paged cache with a running softmax.
+//! Causal attention over the paged cache with a running softmax, on bytes.
 //!
-//! A task is a few rows of one sequence and one head of keys and values, with all query heads that share it. It
-//! walks the positions from 0 on in tiles that begin at multiples of [`TILE_LEN`], whatever the page size is: so the
-//! rescaling of a row happens at the same positions, with the same numbers, in every batch. A tile's positions beyond
-//! a row get the weight zero, which adds nothing to its sums.
+//! A task is a few rows and one head of keys and values, with all query heads that share it: rows of one sequence,
+//! or of several whose first pages are the same ([`cohorts`]). It walks the positions in tiles that begin at
+//! multiples of [`TILE_LEN`], whatever the page size is; so the rescaling of a row happens at the same positions,
+//! with the same numbers, in every batch. Scores are exact sums of bytes; weights are rounded to bytes relative to
+//! the largest of their row and tile, scales of values included. Positions a row must not see weigh zero.
+
+mod cohorts;
+mod tile;
 
 use rayon::prelude::*;
 
+use self::cohorts::{Cohort, Cohorts};
+use self::tile::{Tile, TileCopy};
+use super::dots::{Dots, QUAD_BYTES};
 use super::elementwise::exp;
-use super::gemm::Gemm;
 use super::isa::{Kernel, Lanes};
+use super::kv_cache::{KvCache, head_rotation};
+use super::quantize::{quantize, rotate};
+use super::scratch::{PerThread, grow};
 use super::shared::SharedMut;
-use super::{Isa, KEY_GROUP_LEN, KvCache, LANES};
+use super::tiles::Tiles;
+use super::{Isa, LANES, OFFSET};
 use crate::backend::AttentionShape;
-use crate::step::{PageId, StepBatch};
+use crate::step::StepBatch;
 
 /// Positions between two rescalings.
-const TILE_LEN: usize = 64;
+pub(super) const TILE_LEN: usize = 64;
 
-/// Rows of a task: they share the loads of keys and values.
-const MAX_TASK_ROWS: usize = 16;
+/// Query heads of all rows of a task: they share the loads of keys and values.
+const MAX_HEAD_ROWS: usize = 64;
 
-/// `qkv`: `[num_tokens, qkv_len]`, `out`: `[num_tokens, num_heads, head_dim]`
+/// Working memory of the op.
+#[derive(Default)]
+pub(crate) struct AttentionScratch {
+    cohorts: Cohorts,
+    threads: PerThread<Scratch>,
+}
+
+/// `qkv`: `[num_tokens, qkv_len]`, `out`: `[num_tokens, num_heads, head_dim]`; a row sees the last `window`
+/// positions, its own included, or all of them.
 pub(super) fn attention(
     isa: Isa,
+    scratch: &mut AttentionScratch,
     shape: &AttentionShape,
+    window: Option<u32>,
     batch: &StepBatch,
     qkv: &[f32],
     cache: &KvCache,
@@ -32,77 +52,95 @@ pub(super) fn attention(
 ) {
     assert_eq!(qkv.len(), batch.num_tokens() * shape.qkv_len());
     assert_eq!(out.len(), batch.num_tokens() * shape.q_len());
-    let mut tasks = Vec::new();
-    for seq in 0..batch.num_seqs() {
-        for first_row in batch.rows(seq).step_by(MAX_TASK_ROWS) {
-            let num_rows = MAX_TASK_ROWS.min(batch.rows(seq).end - first_row);
-            let positions = &batch.positions[first_row..first_row + num_rows];
-            for kv_head in 0..shape.num_kv_heads {
-                tasks.push(Task { pages: batch.pages(seq), positions, first_row, kv_head });
-            }
-        }
-    }
+    let max_rows = (MAX_HEAD_ROWS / shape.group_len()).max(1);
+    scratch.cohorts.plan(shape.page_size, batch, max_rows);
+    scratch.threads.prepare();
+    let AttentionScratch { cohorts, threads } = &*scratch;
     let out = SharedMut::new(out);
-    tasks.par_iter().for_each_init(
-        || Scratch::new(shape),
-        |scratch, task| isa.run(Attend { shape, task, qkv, cache, scratch, out }),
-    );
+    let num_tasks = cohorts.len() * shape.num_kv_heads;
+    (0..num_tasks).into_par_iter().with_max_len(1).for_each(|task| {
+        // The last cohort has the most positions: it goes first.
+        let cohort = cohorts.get(cohorts.len() - 1 - task / shape.num_kv_heads);
+        let kv_head = task % shape.num_kv_heads;
+        let scratch = &mut *threads.get();
+        isa.run(Attend { isa, shape, window, batch, cohort, kv_head, qkv, cache, scratch, out });
+    });
 }
 
-struct Task<'a> {
-    pages: &'a [PageId],
-    /// `[num_rows]`
-    positions: &'a [u32],
-    first_row: usize,
-    kv_head: usize,
-}
-
-/// Working memory of a thread. A head row is one query head of one row; there are `num_rows * group_len`.
+/// Working memory of a thread. A head row is one query head of one row.
+#[derive(Default)]
 struct Scratch {
-    /// Scaled queries, `[head_rows, head_dim]`
-    queries: Vec<f32>,
-    /// Scores, then weights, `[head_rows, TILE_LEN]`
-    weights: Vec<f32>,
+    /// Rotated queries, `[head_rows up to a multiple of 16 and 16 more, head_dim]`
+    queries: Vec<i8>,
+    /// `[head_rows]`; with the scale of the softmax.
+    query_scales: Vec<f32>,
+    /// Sums of the bytes, `[head_rows]`
+    query_sums: Vec<i32>,
+    /// Scores, then weighted values: `[head_rows, TILE_LEN]`, `[head_rows, head_dim]`
+    ints: Vec<i32>,
+    /// `[head_rows, TILE_LEN]`
+    weights: Vec<i8>,
+    /// `[head_rows]`
+    weight_scales: Vec<f32>,
+    /// What the sums so far shrink by, `[head_rows]`
+    rescales: Vec<f32>,
     /// `[head_rows, head_dim]`
     sums: Vec<f32>,
     /// Highest score so far, `[head_rows]`
     max: Vec<f32>,
     /// Sum of weights so far, `[head_rows]`
     total: Vec<f32>,
+    /// One head.
+    query: Vec<f32>,
+    copy: TileCopy,
 }
 
 impl Scratch {
-    fn new(shape: &AttentionShape) -> Self {
-        let head_rows = MAX_TASK_ROWS * shape.group_len();
-        Self {
-            queries: vec![0.0; head_rows * shape.head_dim],
-            weights: vec![0.0; head_rows * TILE_LEN],
-            sums: vec![0.0; head_rows * shape.head_dim],
-            max: vec![0.0; head_rows],
-            total: vec![0.0; head_rows],
-        }
+    fn resize(&mut self, head_rows: usize, head_dim: usize) {
+        // Tiles read and write rows up to a multiple of 16, from any first row on.
+        let padded_rows = head_rows.next_multiple_of(16) + 16;
+        grow(&mut self.queries, padded_rows * head_dim);
+        grow(&mut self.query_scales, head_rows);
+        grow(&mut self.query_sums, head_rows);
+        grow(&mut self.ints, padded_rows * head_dim.max(TILE_LEN));
+        grow(&mut self.weights, padded_rows * TILE_LEN);
+        grow(&mut self.weight_scales, head_rows);
+        grow(&mut self.rescales, head_rows);
+        grow(&mut self.sums, head_rows * head_dim);
+        grow(&mut self.max, head_rows);
+        grow(&mut self.total, head_rows);
+        grow(&mut self.query, head_dim);
     }
 }
 
 struct Attend<'a> {
+    isa: Isa,
     shape: &'a AttentionShape,
-    task: &'a Task<'a>,
+    window: Option<u32>,
+    batch: &'a StepBatch,
+    cohort: Cohort<'a>,
+    kv_head: usize,
     qkv: &'a [f32],
     cache: &'a KvCache,
     scratch: &'a mut Scratch,
-    out: SharedMut<'a>,
+    out: SharedMut<'a, f32>,
 }
 
 impl Kernel for Attend<'_> {
     #[inline(always)]
     fn run<V: Lanes>(mut self) {
-        self.start();
-        let last = *self.task.positions.last().expect("a task has rows") as usize;
-        for tile_start in (0..=last).step_by(TILE_LEN) {
-            let tile_len = TILE_LEN.min(last + 1 - tile_start);
-            self.scores::<V>(tile_start, tile_len);
-            self.softmax(tile_start);
-            self.weigh_values::<V>(tile_start, tile_len);
+        let tiles = self.isa.has_tiles().then(Tiles::new);
+        self.start::<V>();
+        let rows = self.cohort.rows;
+        // What all rows share, then the rest of each sequence.
+        self.walk::<V>(tiles.as_ref(), 0..rows.len(), 0..self.cohort.num_shared_tiles);
+        let mut first = 0;
+        while first < rows.len() {
+            let seq = rows[first].seq;
+            let end = first + rows[first..].iter().take_while(|row| row.seq == seq).count();
+            let num_tiles = self.position(end - 1) / TILE_LEN + 1;
+            self.walk::<V>(tiles.as_ref(), first..end, self.cohort.num_shared_tiles..num_tiles);
+            first = end;
         }
         self.finish();
     }
@@ -110,140 +148,197 @@ impl Kernel for Attend<'_> {
 
 impl Attend<'_> {
     #[inline(always)]
-    fn head_rows(&self) -> usize {
-        self.task.positions.len() * self.shape.group_len()
+    fn position(&self, row: usize) -> usize {
+        self.batch.positions[self.cohort.rows[row].row as usize] as usize
     }
 
-    /// Start of a page's part of this head in the cache, in slots.
+    /// Positions that a row sees.
     #[inline(always)]
-    fn page_start(&self, position: usize) -> usize {
-        let page = self.task.pages[position / self.shape.page_size].0 as usize;
-        (page * self.shape.num_kv_heads + self.task.kv_head) * self.shape.page_size
+    fn visible(&self, row: usize) -> std::ops::Range<usize> {
+        let end = self.position(row) + 1;
+        let first = self.window.map_or(0, |window| end.saturating_sub(window as usize));
+        first..end
     }
 
     #[inline(always)]
-    fn start(&mut self) {
+    fn start<V: Lanes>(&mut self) {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
-        let scale = self.shape.scale();
-        for row in 0..self.task.positions.len() {
-            let from =
-                (self.task.first_row + row) * self.shape.qkv_len() + self.task.kv_head * group_len * head_dim;
-            let from = &self.qkv[from..from + group_len * head_dim];
-            let to = &mut self.scratch.queries[row * group_len * head_dim..][..group_len * head_dim];
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = from * scale;
+        let head_rows = self.cohort.rows.len() * group_len;
+        self.scratch.resize(head_rows, head_dim);
+        for (i, row) in self.cohort.rows.iter().enumerate() {
+            let from = row.row as usize * self.shape.qkv_len() + self.kv_head * group_len * head_dim;
+            for (head, query) in
+                self.qkv[from..from + group_len * head_dim].chunks_exact(head_dim).enumerate()
+            {
+                let head_row = i * group_len + head;
+                let Scratch { queries, query_scales, query_sums, query: rotated, .. } = &mut *self.scratch;
+                let rotated = &mut rotated[..head_dim];
+                rotated.copy_from_slice(query);
+                rotate::<V>(head_rotation(head_dim), rotated);
+                let bytes = &mut queries[head_row * head_dim..(head_row + 1) * head_dim];
+                let (scale, sum) = quantize::<V>(rotated, bytes);
+                query_scales[head_row] = scale * self.shape.scale;
+                query_sums[head_row] = sum;
             }
         }
-        let head_rows = self.head_rows();
         self.scratch.sums[..head_rows * head_dim].fill(0.0);
         self.scratch.max[..head_rows].fill(f32::NEG_INFINITY);
         self.scratch.total[..head_rows].fill(0.0);
     }
 
-    /// Scores of whole groups of keys; those beyond a row are overwritten by `softmax`.
+    /// Some rows over some tiles of the first one's pages.
     #[inline(always)]
-    fn scores<V: Lanes>(&mut self, tile_start: usize, tile_len: usize) {
-        let head_dim = self.shape.head_dim;
-        let head_rows = self.head_rows();
-        for offset in (0..tile_len).step_by(KEY_GROUP_LEN) {
-            let position = tile_start + offset;
-            let group = self.page_start(position) + position % self.shape.page_size;
-            let keys = &self.cache.keys[group * head_dim..(group + KEY_GROUP_LEN) * head_dim];
-            let queries = &self.scratch.queries[..head_rows * head_dim];
-            let scores = &mut self.scratch.weights[..head_rows * TILE_LEN];
-            let gemm = Gemm {
-                num_rows: head_rows,
-                num_vectors: 1,
-                k_len: head_dim,
-                a: queries.as_ptr(),
-                a_row_stride: head_dim,
-                b: keys.as_ptr(),
-                b_k_stride: KEY_GROUP_LEN,
-                b_vector_stride: 0,
-                c: scores[offset..].as_mut_ptr(),
-                c_row_stride: TILE_LEN,
-                accumulate: false,
-            };
-            // SAFETY: the three slices were cut to the sizes named here; a group lies within one page.
-            unsafe { gemm.compute::<V>() };
+    fn walk<V: Lanes>(
+        &mut self,
+        tiles: Option<&Tiles>,
+        rows: std::ops::Range<usize>,
+        range: std::ops::Range<usize>,
+    ) {
+        let pages = self.batch.pages(self.cohort.rows[rows.start].seq as usize);
+        let group_len = self.shape.group_len();
+        let head_rows = rows.start * group_len..rows.end * group_len;
+        // Rows are in order of their positions within a sequence, and those of a cohort beyond its shared tiles.
+        let first_visible = rows.clone().map(|row| self.visible(row).start).min().unwrap_or(0);
+        for index in range.start.max(first_visible / TILE_LEN)..range.end {
+            let first = index * TILE_LEN;
+            let len = TILE_LEN.min(rows.clone().map(|row| self.position(row)).max().unwrap_or(0) + 1 - first);
+            let mut copy = std::mem::take(&mut self.scratch.copy);
+            let tile = Tile::new(self.shape, self.cache, pages, self.kv_head, first, len, &mut copy);
+            self.scores::<V>(tiles, &tile, head_rows.clone());
+            for row in rows.clone() {
+                let visible = self.visible(row);
+                let valid =
+                    visible.start.saturating_sub(first)..visible.end.saturating_sub(first).min(TILE_LEN);
+                for head in 0..group_len {
+                    let at = (row - rows.start) * group_len + head;
+                    self.weigh::<V>(row * group_len + head, at, &tile, valid.clone());
+                }
+            }
+            self.add_values::<V>(tiles, &tile, head_rows.clone());
+            self.scratch.copy = copy;
         }
     }
 
-    /// Turns scores into weights relative to the highest score so far, and rescales what was summed before.
+    /// Exact products of queries and keys.
     #[inline(always)]
-    fn softmax(&mut self, tile_start: usize) {
-        let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
-        let Scratch { weights, sums, max, total, .. } = &mut *self.scratch;
-        let (weights, _) = weights.as_chunks_mut::<TILE_LEN>();
-        for (head_row, weights) in weights[..self.task.positions.len() * group_len].iter_mut().enumerate() {
-            let num_positions = self.task.positions[head_row / group_len] as usize + 1;
-            let valid = num_positions.saturating_sub(tile_start).min(TILE_LEN);
-            if valid == 0 {
-                weights.fill(0.0);
-                continue;
-            }
-            weights[valid..].fill(f32::NEG_INFINITY);
-            let new_max = lane_max(weights, max[head_row]);
-            let rescale = exp(max[head_row] - new_max);
-            for weight in weights.iter_mut() {
-                *weight = exp(*weight - new_max);
-            }
-            weights[valid..].fill(0.0);
-            total[head_row] = total[head_row].mul_add(rescale, lane_sum(weights));
-            max[head_row] = new_max;
-            for sum in &mut sums[head_row * head_dim..(head_row + 1) * head_dim] {
-                *sum *= rescale;
-            }
-        }
+    fn scores<V: Lanes>(
+        &mut self,
+        tiles: Option<&Tiles>,
+        tile: &Tile<'_>,
+        head_rows: std::ops::Range<usize>,
+    ) {
+        let head_dim = self.shape.head_dim;
+        let padded_rows = head_rows.len().next_multiple_of(16);
+        let dots = Dots {
+            num_rows: head_rows.len(),
+            num_vectors: TILE_LEN / LANES,
+            num_quads: head_dim / 4,
+            a: self.scratch.queries[head_rows.start * head_dim..][..padded_rows * head_dim].as_ptr().cast(),
+            a_row_stride: head_dim,
+            b: tile.keys.as_ptr(),
+            b_vector_stride: LANES * head_dim,
+            b_quad_stride: QUAD_BYTES,
+            sums: self.scratch.ints[..padded_rows * TILE_LEN].as_mut_ptr(),
+            sums_row_stride: TILE_LEN,
+        };
+        assert_eq!(tile.keys.len(), TILE_LEN * head_dim);
+        // SAFETY: the slices were cut to the sizes named here.
+        unsafe { dots.compute::<V, true>(tiles) };
     }
 
-    /// Adds the values of a tile, page by page.
+    /// Turns scores into weights relative to the highest score so far; `at` is the row among those of the scores.
     #[inline(always)]
-    fn weigh_values<V: Lanes>(&mut self, tile_start: usize, tile_len: usize) {
+    fn weigh<V: Lanes>(
+        &mut self,
+        head_row: usize,
+        at: usize,
+        tile: &Tile<'_>,
+        valid: std::ops::Range<usize>,
+    ) {
+        let Scratch { ints, weights, query_scales, query_sums, weight_scales, rescales, max, total, .. } =
+            &mut *self.scratch;
+        let bytes: &mut [i8; TILE_LEN] =
+            (&mut weights[at * TILE_LEN..(at + 1) * TILE_LEN]).try_into().expect("cut to its length");
+        if valid.is_empty() {
+            bytes.fill(0);
+            (weight_scales[at], rescales[at]) = (0.0, 1.0);
+            return;
+        }
+        let ints: &[i32; TILE_LEN] =
+            ints[at * TILE_LEN..(at + 1) * TILE_LEN].try_into().expect("cut to its length");
+        let (offset, scale) = (-OFFSET * query_sums[head_row], query_scales[head_row]);
+        let (first, len) = (valid.start as u32, valid.len() as u32);
+        let is_valid = |i: usize| (i as u32).wrapping_sub(first) < len;
+        let mut scores = [0.0f32; TILE_LEN];
+        for i in 0..TILE_LEN {
+            let score = (ints[i] + offset) as f32 * (scale * tile.key_scales[i]);
+            scores[i] = if is_valid(i) { score } else { f32::NEG_INFINITY };
+        }
+        let new_max = lane_max(&scores, max[head_row]);
+        let rescale = exp(max[head_row] - new_max);
+        let mut scaled = [0.0f32; TILE_LEN];
+        for i in 0..TILE_LEN {
+            let weight = exp(scores[i] - new_max);
+            scores[i] = if is_valid(i) { weight } else { 0.0 };
+            // Chosen after the product: a slot that was never written may have any scale.
+            scaled[i] = if is_valid(i) { weight * tile.value_scales[i] } else { 0.0 };
+        }
+        (weight_scales[at], _) = quantize::<V>(&scaled, bytes);
+        rescales[at] = rescale;
+        total[head_row] = total[head_row].mul_add(rescale, lane_sum(&scores));
+        max[head_row] = new_max;
+    }
+
+    /// Adds the weighted values of a tile to the rescaled sums.
+    #[inline(always)]
+    fn add_values<V: Lanes>(
+        &mut self,
+        tiles: Option<&Tiles>,
+        tile: &Tile<'_>,
+        head_rows: std::ops::Range<usize>,
+    ) {
         let head_dim = self.shape.head_dim;
-        let head_rows = self.head_rows();
-        let mut offset = 0;
-        while offset < tile_len {
-            let position = tile_start + offset;
-            let in_page = position % self.shape.page_size;
-            let len = (self.shape.page_size - in_page).min(tile_len - offset);
-            let slot = self.page_start(position) + in_page;
-            let values = &self.cache.values[slot * head_dim..(slot + len) * head_dim];
-            let weights = &self.scratch.weights[..head_rows * TILE_LEN];
-            let sums = &mut self.scratch.sums[..head_rows * head_dim];
-            let gemm = Gemm {
-                num_rows: head_rows,
-                num_vectors: head_dim / LANES,
-                k_len: len,
-                a: weights[offset..].as_ptr(),
-                a_row_stride: TILE_LEN,
-                b: values.as_ptr(),
-                b_k_stride: head_dim,
-                b_vector_stride: LANES,
-                c: sums.as_mut_ptr(),
-                c_row_stride: head_dim,
-                accumulate: true,
-            };
-            // SAFETY: the three slices were cut to the sizes named here; `len` positions lie within one page.
-            unsafe { gemm.compute::<V>() };
-            offset += len;
+        let padded_rows = head_rows.len().next_multiple_of(16);
+        let Scratch { weights, ints, sums, weight_scales, rescales, .. } = &mut *self.scratch;
+        let dots = Dots {
+            num_rows: head_rows.len(),
+            num_vectors: head_dim / LANES,
+            num_quads: TILE_LEN / 4,
+            a: weights[..padded_rows * TILE_LEN].as_ptr().cast(),
+            a_row_stride: TILE_LEN,
+            b: tile.values.as_ptr(),
+            b_vector_stride: QUAD_BYTES,
+            b_quad_stride: 4 * head_dim,
+            sums: ints[..padded_rows * head_dim].as_mut_ptr(),
+            sums_row_stride: head_dim,
+        };
+        assert_eq!(tile.values.len(), TILE_LEN * head_dim);
+        // SAFETY: the slices were cut to the sizes named here. Weights are not negative, so they are the same bytes
+        // with and without a sign.
+        unsafe { dots.compute::<V, false>(tiles) };
+        let sums = sums[head_rows.start * head_dim..head_rows.end * head_dim].chunks_exact_mut(head_dim);
+        for (at, (sums, ints)) in sums.zip(ints.chunks_exact(head_dim)).enumerate() {
+            let (scale, rescale) = (weight_scales[at], rescales[at]);
+            for (sum, int) in sums.iter_mut().zip(ints) {
+                *sum = (*int as f32).mul_add(scale, *sum * rescale);
+            }
         }
     }
 
     #[inline(always)]
     fn finish(&mut self) {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
-        for row in 0..self.task.positions.len() {
-            let to =
-                (self.task.first_row + row) * self.shape.q_len() + self.task.kv_head * group_len * head_dim;
+        for (i, row) in self.cohort.rows.iter().enumerate() {
+            let to = row.row as usize * self.shape.q_len() + self.kv_head * group_len * head_dim;
             let to = self.out.at(to, group_len * head_dim);
             // SAFETY: `at` checked the bounds; these heads of this row belong to this task alone.
             let to = unsafe { std::slice::from_raw_parts_mut(to, group_len * head_dim) };
-            let from = &self.scratch.sums[row * group_len * head_dim..][..group_len * head_dim];
+            let from = &self.scratch.sums[i * group_len * head_dim..][..group_len * head_dim];
             let heads = to.chunks_exact_mut(head_dim).zip(from.chunks_exact(head_dim));
-            for ((to, from), total) in heads.zip(&self.scratch.total[row * group_len..]) {
+            for ((to, from), total) in heads.zip(&self.scratch.total[i * group_len..]) {
+                let inverse = 1.0 / total;
                 for (to, from) in to.iter_mut().zip(from) {
-                    *to = from / total;
+                    *to = from * inverse;
                 }
             }
         }
@@ -259,14 +354,10 @@ fn lane_max(values: &[f32; TILE_LEN], start: f32) -> f32 {
             *lane = if *value > *lane { *value } else { *lane };
         }
     }
-    let mut max = lanes[0];
-    for lane in lanes {
-        max = if lane > max { lane } else { max };
-    }
-    max
+    halve(lanes, |a, b| if b > a { b } else { a })
 }
 
-/// One sum a lane, then the lanes in order.
+/// One sum a lane, then the lanes by halves.
 #[inline(always)]
 fn lane_sum(values: &[f32; TILE_LEN]) -> f32 {
     let mut lanes = [0.0; LANES];
@@ -275,9 +366,13 @@ fn lane_sum(values: &[f32; TILE_LEN]) -> f32 {
             *lane += value;
         }
     }
-    let mut sum = 0.0;
-    for lane in lanes {
-        sum += lane;
-    }
-    sum
+    halve(lanes, |a, b| a + b)
+}
+
+/// Combines the two halves of the lanes until one is left.
+#[inline(always)]
+fn halve(lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|i| combine(lanes[i], lanes[i + 8]));
+    let four: [f32; 4] = std::array::from_fn(|i| combine(eight[i], eight[i + 4]));
+    combine(combine(four[0], four[2]), combine(four[1], four[3]))
 }

@@ -1,14 +1,15 @@
 //! Copies the embedding of each token, out of the panels which the output head may share.
 
-use super::{LANES, Matrix};
+use rayon::prelude::*;
+
+use super::elementwise::rows_per_task;
+use super::{Isa, Matrix};
 
 /// `out`: `[num_tokens, hidden_size]`
-pub(super) fn embed(table: &Matrix, token_ids: &[u32], out: &mut [f32]) {
-    for (&id, out) in token_ids.iter().zip(out.chunks_exact_mut(table.num_inputs)) {
-        let (panel, lane) = (id as usize / LANES, id as usize % LANES);
-        let panel = &table.panels[panel * table.panel_len()..(panel + 1) * table.panel_len()];
-        for (value, packed) in out.iter_mut().zip(panel.chunks_exact(LANES)) {
-            *value = half::f16::from_bits(packed[lane]).to_f32();
-        }
-    }
+pub(super) fn embed(isa: Isa, table: &Matrix, token_ids: &[u32], out: &mut [f32]) {
+    let hidden_size = table.layout.len;
+    assert_eq!(out.len(), token_ids.len() * hidden_size);
+    let copy = |(&id, out): (&u32, &mut [f32])| table.row(isa, id as usize, out);
+    let min_len = rows_per_task(hidden_size, token_ids.len());
+    token_ids.par_iter().zip(out.par_chunks_exact_mut(hidden_size)).with_min_len(min_len).for_each(copy);
 }

@@ -2,8 +2,14 @@
 //!
 //! A kernel is one generic body over [`Lanes`]; [`Isa::run`] compiles it once for each instruction set and is the
 //! only dispatch. Everything a kernel calls must be `#[inline(always)]`, or it would not be compiled for the set.
+//! Tiles (AMX) compute nothing but integer dot products, see [`tiles`](super::tiles); whatever surrounds those is
+//! compiled for AVX-512 there.
 
-use super::LANES;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use self::portable::Portable;
 
 /// An instruction set the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,8 +17,15 @@ pub(crate) enum Isa {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX2 with the dot products of AVX-VNNI.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 with VNNI, and AMX tiles for matrices of some rows.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 /// One kernel with its arguments.
@@ -21,24 +34,48 @@ pub(crate) trait Kernel {
     fn run<V: Lanes>(self);
 }
 
-/// [`LANES`] numbers.
+/// [`LANES`](super::LANES) numbers.
 ///
 /// # Safety
 /// The functions may only be called where the instruction set is enabled, that is below [`Isa::run`];
-/// pointers must be valid for [`LANES`] numbers.
+/// pointers must be valid for a whole vector.
 pub(crate) trait Lanes: Copy {
-    /// Registers suffice for tiles of 12 rows and 2 vectors.
+    /// Registers suffice for tiles of 16 vectors and more.
     const WIDE: bool;
+    /// One i32 a lane.
+    type Ints: Copy;
+    /// Four bytes a lane.
+    type Quads: Copy;
 
-    unsafe fn zero() -> Self;
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
-    unsafe fn load_f16(from: *const u16) -> Self;
     unsafe fn store(self, to: *mut f32);
-    /// Asks for the cache line; the address need not be valid.
-    unsafe fn prefetch(at: *const u16);
+    unsafe fn mul(self, other: Self) -> Self;
     /// `self + a * b`, rounded once.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// Each integer rounded to the nearest number.
+    unsafe fn from_ints(ints: Self::Ints) -> Self;
+    /// Lane `i` becomes lane `i ^ DISTANCE`, which is 1, 2, 4 or 8.
+    unsafe fn swap<const DISTANCE: usize>(self) -> Self;
+    /// Rounds numbers between -127 and 127 to the nearest byte, ties to even; returns the bytes as integers.
+    unsafe fn round_to_bytes(self, to: *mut i8) -> Self::Ints;
+    /// The bits without the sign: they are ordered as the magnitudes are, infinity and NaN last.
+    unsafe fn magnitude_bits(self) -> Self::Ints;
+
+    unsafe fn zero_ints() -> Self::Ints;
+    unsafe fn splat_ints(value: i32) -> Self::Ints;
+    unsafe fn load_ints(from: *const i32) -> Self::Ints;
+    unsafe fn store_ints(ints: Self::Ints, to: *mut i32);
+    unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    unsafe fn max_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+
+    unsafe fn load_quads(from: *const u8) -> Self::Quads;
+    /// The same four bytes in each lane.
+    unsafe fn splat_quad(from: *const u8) -> Self::Quads;
+    /// Adds to each lane the sum of its four products of an unsigned and a signed byte, exactly.
+    unsafe fn dot(sums: Self::Ints, unsigned: Self::Quads, signed: Self::Quads) -> Self::Ints;
+    /// Asks for the cache line; the address need not be valid.
+    unsafe fn prefetch(at: *const u8);
 }
 
 impl Isa {
@@ -51,16 +88,31 @@ impl Isa {
     pub(crate) fn available() -> Vec<Self> {
         let mut available = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-        {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             available.push(Self::Avx2);
-            if is_x86_feature_detected!("avx512f") {
+            if is_x86_feature_detected!("avxvnni") {
+                available.push(Self::AvxVnni);
+            }
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vnni")
+            {
                 available.push(Self::Avx512);
+                if super::tiles::available() {
+                    available.push(Self::Amx);
+                }
             }
         }
         available
+    }
+
+    /// Whether integer dot products may be computed on tiles.
+    pub(crate) fn has_tiles(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Self::Amx;
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
     }
 
     #[inline]
@@ -72,178 +124,10 @@ impl Isa {
             Self::Avx2 => unsafe { x86::run_avx2(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { x86::run_avx512(kernel) },
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Portable([f32; LANES]);
-
-impl Lanes for Portable {
-    const WIDE: bool = false;
-
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        Self([0.0; LANES])
-    }
-
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> Self {
-        Self([value; LANES])
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: valid by the contract of the trait.
-        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(from: *const u16) -> Self {
-        // SAFETY: valid by the contract of the trait.
-        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
-        Self(bits.map(|bits| half::f16::from_bits(bits).to_f32()))
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(_at: *const u16) {}
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: valid by the contract of the trait.
-        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn fma(self, a: Self, b: Self) -> Self {
-        let mut sum = self.0;
-        for (i, sum) in sum.iter_mut().enumerate() {
-            *sum = a.0[i].mul_add(b.0[i], *sum);
-        }
-        Self(sum)
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::{Kernel, Lanes};
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn run_avx2<K: Kernel>(kernel: K) {
-        kernel.run::<Avx2>();
-    }
-
-    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-    pub(super) fn run_avx512<K: Kernel>(kernel: K) {
-        kernel.run::<Avx512>();
-    }
-
-    #[derive(Clone, Copy)]
-    struct Avx2(__m256, __m256);
-
-    // SAFETY of all blocks: by the contract of the trait the instructions exist and the pointers are valid.
-    impl Lanes for Avx2 {
-        const WIDE: bool = false;
-
-        #[inline(always)]
-        unsafe fn zero() -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm256_setzero_ps(), _mm256_setzero_ps()) }
-        }
-
-        #[inline(always)]
-        unsafe fn splat(value: f32) -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
-        }
-
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
-        }
-
-        #[inline(always)]
-        unsafe fn load_f16(from: *const u16) -> Self {
-            // SAFETY: see above.
-            unsafe {
-                let low = _mm_loadu_si128(from.cast());
-                let high = _mm_loadu_si128(from.add(8).cast());
-                Self(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn prefetch(at: *const u16) {
-            // SAFETY: a prefetch never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-        }
-
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: see above.
-            unsafe {
-                _mm256_storeu_ps(to, self.0);
-                _mm256_storeu_ps(to.add(8), self.1);
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn fma(self, a: Self, b: Self) -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
-        }
-    }
-
-    #[derive(Clone, Copy)]
-    struct Avx512(__m512);
-
-    impl Lanes for Avx512 {
-        const WIDE: bool = true;
-
-        #[inline(always)]
-        unsafe fn zero() -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm512_setzero_ps()) }
-        }
-
-        #[inline(always)]
-        unsafe fn splat(value: f32) -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm512_set1_ps(value)) }
-        }
-
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm512_loadu_ps(from)) }
-        }
-
-        #[inline(always)]
-        unsafe fn load_f16(from: *const u16) -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
-        }
-
-        #[inline(always)]
-        unsafe fn prefetch(at: *const u16) {
-            // SAFETY: a prefetch never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-        }
-
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: see above.
-            unsafe { _mm512_storeu_ps(to, self.0) }
-        }
-
-        #[inline(always)]
-        unsafe fn fma(self, a: Self, b: Self) -> Self {
-            // SAFETY: see above.
-            unsafe { Self(_mm512_fmadd_ps(a.0, b.0, self.0)) }
+            Self::AvxVnni => unsafe { x86::run_avx_vnni(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 | Self::Amx => unsafe { x86::run_avx512(kernel) },
         }
     }
 }

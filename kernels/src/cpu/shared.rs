@@ -3,26 +3,33 @@
 use std::marker::PhantomData;
 
 /// Writers must keep to parts that do not overlap.
-#[derive(Clone, Copy)]
-pub(super) struct SharedMut<'a> {
-    start: *mut f32,
+pub(super) struct SharedMut<'a, T> {
+    start: *mut T,
     len: usize,
-    slice: PhantomData<&'a mut [f32]>,
+    slice: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the pointer is only used through `at`, whose callers promise disjoint parts.
-unsafe impl Send for SharedMut<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for SharedMut<'_> {}
+impl<T> Clone for SharedMut<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
 
-impl<'a> SharedMut<'a> {
-    pub(super) fn new(slice: &'a mut [f32]) -> Self {
+impl<T> Copy for SharedMut<'_, T> {}
+
+// SAFETY: the pointer is only used through `at`, whose callers promise disjoint parts.
+unsafe impl<T: Send> Send for SharedMut<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
+
+impl<'a, T> SharedMut<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
-    /// A pointer to `offset`, where at least `len` numbers follow. Writing through it needs a promise that no
-    /// other thread uses the same numbers.
-    pub(super) fn at(self, offset: usize, len: usize) -> *mut f32 {
+    /// A pointer to `offset`, where at least `len` values follow. Writing through it needs a promise that no
+    /// other thread uses the same values.
+    pub(super) fn at(self, offset: usize, len: usize) -> *mut T {
         assert!(len <= self.len && offset <= self.len - len, "a part outside of the slice");
         // SAFETY: just compared with the length.
         unsafe { self.start.add(offset) }

@@ -48,6 +48,7 @@ struct Runner<B: Backend> {
     /// `[num_layers]`
     caches: Vec<B::KvCache>,
     buffers: Buffers,
+    scratch: B::Scratch,
 }
 
 /// Activations, kept between steps: they grow to the largest step.
@@ -85,7 +86,7 @@ impl Llama {
             .map_err(|source| ModelError::Threads { num_threads, source })?;
         let path = match weights.path {
             NumericPath::Reference => "reference-f32",
-            NumericPath::Fast => "cpu-f16",
+            NumericPath::Fast => "cpu-int8",
         };
         let info = ModelInfo {
             name: name.to_owned(),
@@ -150,6 +151,7 @@ fn shape_of(weights: &LlamaWeights, kv: KvConfig) -> AttentionShape {
         head_dim: config.head_dim as usize,
         page_size: kv.page_size as usize,
         num_pages: kv.num_pages as usize,
+        scale: 1.0 / (config.head_dim as f32).sqrt(),
     }
 }
 
@@ -169,7 +171,7 @@ fn attention_shape(weights: &LlamaWeights, kv: KvConfig) -> Result<AttentionShap
 impl<B: Backend> Runner<B> {
     fn new(weights: Arc<Layers<B>>, shape: AttentionShape) -> Self {
         let caches = weights.layers.iter().map(|_| weights.backend.kv_cache(&shape)).collect();
-        Self { weights, shape, caches, buffers: Buffers::default() }
+        Self { weights, shape, caches, buffers: Buffers::default(), scratch: B::Scratch::default() }
     }
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
@@ -205,7 +207,7 @@ impl<B: Backend> Runner<B> {
 
     /// All layers; leaves the residual stream in `buffers.hidden`.
     fn forward(&mut self, batch: &StepBatch) {
-        let Self { weights, shape, caches, buffers } = self;
+        let Self { weights, shape, caches, buffers, scratch } = self;
         let config = &weights.config;
         buffers.resize(
             batch.num_tokens(),
@@ -215,13 +217,13 @@ impl<B: Backend> Runner<B> {
         );
         weights.backend.embed(&weights.embedding, &batch.token_ids, &mut buffers.hidden);
         for (layer, cache) in weights.layers.iter().zip(caches) {
-            attention_part(weights, layer, shape, batch, cache, buffers);
-            feed_forward_part(weights, layer, buffers);
+            attention_part(weights, layer, shape, batch, cache, buffers, scratch);
+            feed_forward_part(weights, layer, buffers, scratch);
         }
     }
 
     /// The output head for some rows, `[rows.len(), vocab_size]`.
-    fn head(&self, rows: &[usize]) -> Vec<f32> {
+    fn head(&mut self, rows: &[usize]) -> Vec<f32> {
         let weights = &*self.weights;
         let hidden_size = weights.config.hidden_size as usize;
         let mut hidden = Vec::with_capacity(rows.len() * hidden_size);
@@ -231,7 +233,7 @@ impl<B: Backend> Runner<B> {
         let mut normed = vec![0.0; hidden.len()];
         let mut logits = vec![0.0; rows.len() * weights.config.vocab_size as usize];
         weights.backend.rms_norm(&hidden, &weights.output_norm, weights.config.rms_norm_epsilon, &mut normed);
-        weights.backend.linear(&normed, weights.output(), &mut logits);
+        weights.backend.linear(&mut self.scratch, &normed, weights.output(), &mut logits);
         logits
     }
 }
@@ -244,26 +246,32 @@ fn attention_part<B: Backend>(
     batch: &StepBatch,
     cache: &mut B::KvCache,
     buffers: &mut Buffers,
+    scratch: &mut B::Scratch,
 ) {
     let Buffers { hidden, normed, qkv, attended, .. } = buffers;
     let ops = &weights.backend;
     ops.rms_norm(hidden, &layer.attention_norm, weights.config.rms_norm_epsilon, normed);
-    ops.linear(normed, &layer.qkv, qkv);
+    ops.linear(scratch, normed, &layer.qkv, qkv);
     ops.rope(&weights.rope, shape, &batch.positions, qkv);
     ops.store_kv(shape, batch, qkv, cache);
-    ops.attention(shape, batch, qkv, cache, attended);
-    ops.linear(attended, &layer.attention_output, normed);
+    ops.attention(scratch, shape, None, batch, qkv, cache, attended);
+    ops.linear(scratch, attended, &layer.attention_output, normed);
     ops.add(hidden, normed);
 }
 
 /// `hidden += down(silu(gate(x)) * up(x))`, where `x = norm(hidden)`
-fn feed_forward_part<B: Backend>(weights: &Layers<B>, layer: &Layer<B>, buffers: &mut Buffers) {
+fn feed_forward_part<B: Backend>(
+    weights: &Layers<B>,
+    layer: &Layer<B>,
+    buffers: &mut Buffers,
+    scratch: &mut B::Scratch,
+) {
     let Buffers { hidden, normed, gate_up, gated, .. } = buffers;
     let ops = &weights.backend;
     ops.rms_norm(hidden, &layer.feed_forward_norm, weights.config.rms_norm_epsilon, normed);
-    ops.linear(normed, &layer.gate_up, gate_up);
+    ops.linear(scratch, normed, &layer.gate_up, gate_up);
     ops.silu_mul(weights.config.intermediate_size as usize, gate_up, gated);
-    ops.linear(gated, &layer.down, normed);
+    ops.linear(scratch, gated, &layer.down, normed);
     ops.add(hidden, normed);
 }
 

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::backend::{Backend, RopeTable};
+use crate::cpu::packed::Packing;
 use crate::cpu::{Cpu, Isa, LANES};
 use crate::gguf::{Gguf, TensorView};
 use crate::models::{LlamaConfig, ModelError};
@@ -68,7 +69,7 @@ impl LlamaWeights {
                 if !config.head_dim.is_multiple_of(LANES as u32) {
                     return Err(ModelError::HeadDim { head_dim: config.head_dim, multiple: LANES as u32 });
                 }
-                let backend = Cpu { isa: Isa::detect() };
+                let backend = Cpu { isa: Isa::detect(), packing: Packing::in_memory() };
                 tracing::debug!(isa = ?backend.isa, "loading weights for the fast path");
                 AnyLayers::Fast(Arc::new(Layers::load(gguf, &config, backend)?))
             }
@@ -107,6 +108,7 @@ impl<B: Backend> Layers<B> {
         if let Some(name) = gguf.tensor_names().find(|name| !loader.used.contains(*name)) {
             return Err(ModelError::UnknownTensor { path: gguf.path().to_owned(), name: name.to_owned() });
         }
+        backend.finish_loading();
         let rope = RopeTable::new(config.head_dim as usize, config.rope_theta, config.max_position as usize);
         Ok(Self { config: config.clone(), backend, embedding, layers, output_norm, output, rope })
     }

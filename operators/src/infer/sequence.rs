@@ -168,7 +168,7 @@ impl Sequence {
     /// Adds a sampled token; `Some` when it ends the answer.
     pub fn push_sampled(&mut self, token_id: u32, eos_token_ids: &[u32]) -> Option<FinishReason> {
         assert_eq!(self.computed_len, self.known_len(), "sampled before all tokens were computed");
-        if eos_token_ids.contains(&token_id) {
+        if !self.sampling.ignore_eos && eos_token_ids.contains(&token_id) {
             return Some(FinishReason::Stop);
         }
         self.token_ids.push(token_id);

@@ -17,8 +17,9 @@ use tidemill_operators::tokenizer::gguf::{TextModelError, text_of};
 
 use super::catalogue::{FAKE, ModelRef};
 use super::pull::{PullError, pull, sha256, verified};
-use crate::plan::{EnginePlan, Plan};
-use crate::spec::Device;
+use crate::cores::Cores;
+use crate::plan::EnginePlan;
+use crate::plan::device::Devices;
 
 const FAKE_CONTROL_TOKENS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 const FAKE_CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
@@ -45,8 +46,8 @@ pub enum LoadError {
         #[source]
         source: Box<TextModelError>,
     },
-    #[error("a KV cache of {bytes} bytes holds no page of {page_bytes} bytes for each of {workers} workers")]
-    KvCache { bytes: u64, page_bytes: u64, workers: usize },
+    #[error("a KV cache of {bytes} bytes holds no page of {page_bytes} bytes for each of {engines} engines")]
+    KvCache { bytes: u64, page_bytes: u64, engines: usize },
 }
 
 impl LoadError {
@@ -74,18 +75,24 @@ pub struct LoadedModel {
     text: (Tokenizer, ChatTemplate),
 }
 
-/// The engines of all workers and what they share.
+/// The engines of a run and what they share.
 pub struct Engines {
-    pub engines: Vec<Engine>,
+    /// Each with the cores that its threads stay on, `None` for all.
+    pub engines: Vec<(Engine, Option<Cores>)>,
     pub text: Arc<TextModel>,
-    /// Tokens that one worker's KV cache holds.
+    /// Tokens that the KV cache of one engine holds.
     pub kv_tokens: u64,
 }
 
-/// Loads the plan's model, fetching it first if need be; `say` is told what takes time.
-pub fn load(plan: &Plan, say: &dyn Fn(&str)) -> Result<LoadedModel, LoadError> {
-    let name = plan.model_name.clone();
-    let (path, digest) = match &plan.model {
+/// Loads a model, fetching it first if need be; `say` is told what takes time.
+pub fn load(
+    model: &ModelRef,
+    name: &str,
+    devices: Devices,
+    say: &dyn Fn(&str),
+) -> Result<LoadedModel, LoadError> {
+    let name = name.to_owned();
+    let (path, digest) = match model {
         ModelRef::Fake => {
             let chat = ChatTemplate::new(FAKE_CHAT_TEMPLATE.to_owned(), String::new(), String::new());
             let text = (Tokenizer::bytes(&FAKE_CONTROL_TOKENS), chat.expect("a template of our own"));
@@ -104,23 +111,52 @@ pub fn load(plan: &Plan, say: &dyn Fn(&str)) -> Result<LoadedModel, LoadError> {
     let gguf = Gguf::open(&path).map_err(|error| model_error(error.into()))?;
     let text =
         text_of(&gguf).map_err(|source| LoadError::Text { name: name.clone(), source: Box::new(source) })?;
-    let numeric_path = match plan.device {
-        Device::Auto | Device::Cpu => NumericPath::Fast,
-        Device::Reference => NumericPath::Reference,
+    let numeric_path = match devices {
+        Devices::Cpu | Devices::CpuShares(_) => NumericPath::Fast,
+        Devices::Reference => NumericPath::Reference,
     };
     let weights = LlamaWeights::load(&gguf, numeric_path).map_err(model_error)?;
     Ok(LoadedModel { name, weights: Weights::Llama { weights, digest }, text })
 }
 
 impl LoadedModel {
-    /// Makes an engine for each worker; they share the weights, and split the KV memory and the cores.
-    pub fn engines(self, plan: &EnginePlan, num_workers: usize) -> Result<Engines, LoadError> {
-        let bytes_per_token = match &self.weights {
-            Weights::Fake => FAKE_KV_BYTES_PER_TOKEN,
-            Weights::Llama { weights, .. } => weights.kv_bytes_per_token(),
+    /// Makes the engines; they share the weights, and split the KV memory and the cores.
+    pub fn engines(self, plan: &EnginePlan, devices: Devices) -> Result<Engines, LoadError> {
+        let num_engines = devices.num_engines();
+        let cores = Cores::available();
+        let engines = match devices {
+            Devices::Cpu | Devices::Reference => vec![(self.engine(plan, cores.num_cores(), 1)?, None)],
+            Devices::CpuShares(_) => cores
+                .shares(num_engines)
+                .into_iter()
+                .map(|share| {
+                    let make = || self.engine(plan, share.num_cores(), num_engines);
+                    Ok((share.pinned(make)?, Some(share)))
+                })
+                .collect::<Result<_, LoadError>>()?,
         };
-        let page_bytes = bytes_per_token * u64::from(plan.page_size);
-        let num_pages = plan.kv_cache_bytes / num_workers as u64 / page_bytes;
+        let first = &engines[0].0;
+        let (tokenizer, chat) = self.text;
+        let text = TextModel {
+            tokenizer,
+            chat,
+            digest: first.model_info().digest.clone(),
+            max_seq_len: first.max_seq_len(),
+        };
+        let kv_tokens = u64::from(first.model_info().num_pages) * u64::from(plan.page_size);
+        tracing::info!(model = self.name, num_engines, kv_tokens, "engines are ready");
+        Ok(Engines { engines, text: Arc::new(text), kv_tokens })
+    }
+
+    /// Makes one of `num_engines` engines that split the plan's KV memory.
+    pub fn engine(
+        &self,
+        plan: &EnginePlan,
+        num_threads: usize,
+        num_engines: usize,
+    ) -> Result<Engine, LoadError> {
+        let page_bytes = self.kv_bytes_per_token() * u64::from(plan.page_size);
+        let num_pages = plan.kv_cache_bytes / num_engines as u64 / page_bytes;
         // More pages than all sequences at full length can use would never be touched.
         let max_position = match &self.weights {
             Weights::Fake => FAKE_MAX_POSITION,
@@ -130,28 +166,34 @@ impl LoadedModel {
         let num_pages = num_pages.min(useful).min(u64::from(u32::MAX)) as u32;
         if num_pages == 0 {
             let bytes = plan.kv_cache_bytes;
-            return Err(LoadError::KvCache { bytes, page_bytes, workers: num_workers });
+            return Err(LoadError::KvCache { bytes, page_bytes, engines: num_engines });
         }
         let config = EngineConfig {
             max_num_seqs: plan.max_num_seqs as usize,
             max_num_batched_tokens: plan.max_num_batched_tokens as usize,
             enable_prefix_cache: true,
         };
-        let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let num_threads = (num_cores / num_workers).max(1);
-        let engines = (0..num_workers)
-            .map(|_| Ok(Engine::new(self.model(plan.page_size, num_pages, num_threads)?, config)))
-            .collect::<Result<Vec<Engine>, LoadError>>()?;
-        let (tokenizer, chat) = self.text;
-        let text = TextModel {
-            tokenizer,
-            chat,
-            digest: engines[0].model_info().digest.clone(),
-            max_seq_len: engines[0].max_seq_len(),
-        };
-        tracing::info!(model = self.name, num_workers, num_threads, num_pages, "engines are ready");
-        let kv_tokens = u64::from(num_pages) * u64::from(plan.page_size);
-        Ok(Engines { engines, text: Arc::new(text), kv_tokens })
+        Ok(Engine::new(self.model(plan.page_size, num_pages, num_threads)?, config))
+    }
+
+    /// Products a token takes in the layers, and in the output head where its next token is wanted; 0 without weights.
+    pub fn num_products(&self) -> (u64, u64) {
+        let Weights::Llama { weights, .. } = &self.weights else { return (0, 0) };
+        let config = &weights.config;
+        let (hidden, intermediate) = (u64::from(config.hidden_size), u64::from(config.intermediate_size));
+        let head_dim = u64::from(config.head_dim);
+        let (q_len, kv_len) =
+            (u64::from(config.num_heads) * head_dim, u64::from(config.num_kv_heads) * head_dim);
+        let layer = hidden * (2 * q_len + 2 * kv_len + 3 * intermediate);
+        (layer * u64::from(config.num_layers), hidden * u64::from(config.vocab_size))
+    }
+
+    /// Keys and values of one token in all layers.
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        match &self.weights {
+            Weights::Fake => FAKE_KV_BYTES_PER_TOKEN,
+            Weights::Llama { weights, .. } => weights.kv_bytes_per_token(),
+        }
     }
 
     fn model(&self, page_size: u32, num_pages: u32, num_threads: usize) -> Result<Box<dyn Model>, LoadError> {

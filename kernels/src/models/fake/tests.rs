@@ -109,7 +109,7 @@ fn sampled_answers_depend_on_the_parameters_and_end_sometimes() {
     let mut model = FakeModel::new(config);
     let (mut num_eos, mut differ) = (0, 0);
     for seed in 0..1000 {
-        let params = SamplingParams { temperature: 0.7, top_p: 1.0, top_k: 0, seed };
+        let params = SamplingParams { temperature: 0.7, seed, ..SamplingParams::GREEDY };
         let mut batch = StepBatch::default();
         batch.push(&TOKENS, 0, &pages([0]), Some(params));
         batch.push(&TOKENS, 0, &pages([1]), Some(SamplingParams { seed: seed + 1, ..params }));
