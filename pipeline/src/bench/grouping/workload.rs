@@ -2,8 +2,6 @@
 //!
 //! Texts are random tokens, since grouping looks at nothing but what is equal. All arrive shuffled.
 
-use std::sync::Arc;
-
 use super::Prompt;
 
 pub(super) const VOCAB_SIZE: u32 = 32_000;
@@ -134,7 +132,7 @@ mod tests {
 
     #[test]
     fn queued_prompts_have_one_length() {
-        let prompts: Vec<Arc<[u32]>> = long_queue(100);
+        let prompts = long_queue(100);
         assert!(prompts.iter().all(|prompt| prompt.len() == 750));
     }
 }
