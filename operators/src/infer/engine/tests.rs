@@ -4,7 +4,7 @@ use tidemill_kernels::models::{FakeConfig, FakeModel};
 use tidemill_kernels::step::{PageId, SamplingParams};
 
 use super::super::scheduler::tests::learn_short;
-use super::super::sequence::{FinishReason, SequenceId};
+use super::super::sequence::{FinishReason, SequenceId, SharedPrefix};
 use super::*;
 
 pub(super) const VOCAB_SIZE: u32 = 24;
@@ -135,6 +135,28 @@ fn siblings_compute_their_prefix_once() {
     assert_eq!(stats.prompt_tokens, 8 * 16);
     assert_eq!(stats.computed_tokens, 14 + 8 * 2, "each token of the prefix tree once");
     assert_eq!(stats.reused_tokens, 7 * 14);
+}
+
+#[test]
+fn what_a_later_prompt_needs_outlives_what_none_needs() {
+    let tokens = |token: u32, own: u32, len: usize| [vec![token; len], vec![own]].concat();
+    for (num_later, reused_tokens) in [(0, 4), (1, 8)] {
+        // Eight pages: the third prompt needs one that is in the cache, and the first prompt's are the oldest.
+        let mut engine = engine(8, []);
+        let first = request(0, &tokens(7, 1, 8), 1);
+        let shared = [SharedPrefix { len: 8, num_later }].into_iter().filter(|prefix| prefix.num_later > 0);
+        let first = SequenceRequest { shared: shared.collect(), ..first };
+        let others = [
+            request(1, &tokens(8, 1, 12), 1),
+            request(2, &tokens(9, 1, 12), 1),
+            request(3, &tokens(7, 2, 8), 1),
+        ];
+        for request in [&first].into_iter().chain(&others) {
+            engine.submit(request.clone()).unwrap();
+            check_answers(&run(&mut engine), std::slice::from_ref(request));
+        }
+        assert_eq!(engine.stats().reused_tokens, reused_tokens, "needed by {num_later}");
+    }
 }
 
 #[test]
