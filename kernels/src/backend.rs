@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use crate::step::StepBatch;
+use crate::step::{PageCopy, StepBatch};
 
 /// Ops over one kind of memory.
 pub(crate) trait Backend: Send + Sync + 'static {
@@ -53,6 +53,8 @@ pub(crate) trait Backend: Send + Sync + 'static {
     fn rope(&self, table: &RopeTable, shape: &AttentionShape, positions: &[u32], qkv: &mut [f32]);
     /// Writes keys and values to their slots.
     fn store_kv(&self, shape: &AttentionShape, batch: &StepBatch, qkv: &[f32], cache: &mut Self::KvCache);
+    /// Copies the first slots of a page to another one.
+    fn copy_kv(&self, shape: &AttentionShape, copy: &PageCopy, cache: &mut Self::KvCache);
     /// Attends from each row to the positions of its sequence up to its own: to the last `window` of them, its own
     /// included, or to all.
     #[expect(clippy::too_many_arguments, reason = "the op has these operands")]

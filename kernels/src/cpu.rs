@@ -36,7 +36,7 @@ pub(crate) use self::kv_cache::KvCache;
 pub(crate) use self::matrix::Matrix;
 use self::packed::Packing;
 use crate::backend::{AttentionShape, Backend, RopeTable};
-use crate::step::StepBatch;
+use crate::step::{PageCopy, StepBatch};
 
 /// Numbers in one vector of every kernel, whatever the width of the registers.
 pub(crate) const LANES: usize = 16;
@@ -119,6 +119,10 @@ impl Backend for Cpu {
 
     fn store_kv(&self, shape: &AttentionShape, batch: &StepBatch, qkv: &[f32], cache: &mut KvCache) {
         kv_cache::store_kv(self.isa, shape, batch, qkv, cache);
+    }
+
+    fn copy_kv(&self, shape: &AttentionShape, copy: &PageCopy, cache: &mut KvCache) {
+        kv_cache::copy_kv(shape, copy, cache);
     }
 
     fn attention(

@@ -18,7 +18,7 @@ mod store_kv;
 use std::ops::Range;
 
 use crate::backend::{AttentionShape, Backend, RopeTable};
-use crate::step::StepBatch;
+use crate::step::{PageCopy, StepBatch};
 
 pub(crate) struct Reference;
 
@@ -94,6 +94,10 @@ impl Backend for Reference {
 
     fn store_kv(&self, shape: &AttentionShape, batch: &StepBatch, qkv: &[f32], cache: &mut KvCache) {
         store_kv::store_kv(shape, batch, qkv, cache);
+    }
+
+    fn copy_kv(&self, shape: &AttentionShape, copy: &PageCopy, cache: &mut KvCache) {
+        store_kv::copy_kv(shape, copy, cache);
     }
 
     fn attention(

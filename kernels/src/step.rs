@@ -47,6 +47,18 @@ pub struct StepBatch {
     pub kv_page_indices: Vec<PageId>,
     /// `[num_seqs]`: `Some` where the token after the sequence's last row is wanted.
     pub sampling: Vec<Option<SamplingParams>>,
+    /// Done before anything is written; empty unless the model [`copies_pages`](Model::copies_pages). No page is
+    /// both source and target.
+    pub copies: Vec<PageCopy>,
+}
+
+/// The keys and values in the first `len` slots of a page, for another page: a prefix that ends within a page is
+/// shared by copying its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageCopy {
+    pub from: PageId,
+    pub to: PageId,
+    pub len: u32,
 }
 
 /// `[num_seqs]`: the sampled token where one was asked for.
@@ -83,6 +95,10 @@ pub trait Model: Send {
     fn info(&self) -> &ModelInfo;
     /// Writes the batch's keys and values to their slots, then samples where asked.
     fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError>;
+    /// Whether `step` carries out [`StepBatch::copies`]; otherwise only whole pages are shared.
+    fn copies_pages(&self) -> bool {
+        false
+    }
 }
 
 impl fmt::Display for PageId {
@@ -148,5 +164,10 @@ impl StepBatch {
         }
         assert!(self.token_ids.iter().all(|&id| id < info.vocab_size), "token id beyond the vocabulary");
         assert!(self.kv_page_indices.iter().all(|page| page.0 < info.num_pages), "page beyond the cache");
+        for copy in &self.copies {
+            assert!(copy.from.0 < info.num_pages && copy.to.0 < info.num_pages, "copy beyond the cache");
+            assert!((1..info.page_size).contains(&copy.len), "a copy of {} slots", copy.len);
+            assert!(self.copies.iter().all(|other| other.to != copy.from), "a source is a target too");
+        }
     }
 }

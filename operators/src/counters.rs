@@ -19,6 +19,10 @@ pub struct Counters {
     pub prompt_tokens: AtomicU64,
     /// Prompt tokens that went through the model, recomputation counted.
     pub computed_tokens: AtomicU64,
+    /// Prompt tokens among them that a sequence lost to a preemption.
+    pub recomputed_tokens: AtomicU64,
+    /// Different prefixes of the prompts handed to engines: what is computed if each is computed once. Estimated.
+    pub distinct_tokens: AtomicU64,
     /// Prompt tokens taken from the prefix cache.
     pub reused_tokens: AtomicU64,
     pub output_tokens: AtomicU64,

@@ -1,11 +1,13 @@
 //! `group`: prompts leave in an order that reuses prefixes, at the rate the engines ask for them.
 //!
 //! One worker sees the whole window, so equal prefixes meet wherever they were tokenized, and it routes each to
-//! one of the engines, however many workers there are. The window holds
-//! what the source's credit lets in and nothing waits for it to fill: prompts leave while an engine has room
-//! ([`Demand`]), and those that arrive meanwhile are planned together next. The order itself is in
-//! [`window`]; pages and cached prefixes are the engine's business.
+//! one of the engines, however many workers there are. Nothing waits for the window to fill: prompts leave while an
+//! engine has room ([`Demand`]), and those that arrive meanwhile take their place in the order at once. Each prompt
+//! tells its engine how many later ones share its prefixes, so that the engine keeps what is still needed. The order
+//! itself is in [`window`] and [`tree`]; pages and cached prefixes are the engine's business.
 
+pub mod distinct;
+pub mod tree;
 pub mod window;
 
 use std::collections::BTreeMap;
@@ -19,8 +21,10 @@ use timely::dataflow::operators::{Capability, Operator};
 use timely::scheduling::SyncActivator;
 
 use crate::Epoch;
+use crate::counters::Counters;
 use crate::tokenize::Prompt;
-use window::Window;
+use distinct::DistinctTokens;
+use window::{Window, WindowLimits};
 
 /// How many prompts each engine has, and how many it wants.
 ///
@@ -67,11 +71,21 @@ impl Demand {
 /// Extension trait of prompt streams.
 pub trait Group<'scope> {
     /// Orders prompts by shared prefix and size and hands each to an engine.
-    fn group(self, demand: Arc<Demand>) -> StreamVec<'scope, Epoch, Prompt>;
+    fn group(
+        self,
+        demand: Arc<Demand>,
+        limits: WindowLimits,
+        counters: Arc<Counters>,
+    ) -> StreamVec<'scope, Epoch, Prompt>;
 }
 
 impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
-    fn group(self, demand: Arc<Demand>) -> StreamVec<'scope, Epoch, Prompt> {
+    fn group(
+        self,
+        demand: Arc<Demand>,
+        limits: WindowLimits,
+        counters: Arc<Counters>,
+    ) -> StreamVec<'scope, Epoch, Prompt> {
         let wake = self.scope().worker();
         let worker_index = wake.index();
         let to_first = Exchange::new(|_: &Prompt| 0);
@@ -81,24 +95,31 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                 // Set once: a second dataflow over the same demand would be a bug of the renderer.
                 demand.group.set(wake.sync_activator_for(info.address.to_vec())).expect("one group a demand");
             }
-            let mut window: Window<(Epoch, Prompt)> = Window::new(num_engines);
+            let mut window: Window<(Epoch, Prompt)> = Window::new(num_engines, limits);
+            // Only the first worker has prompts to count.
+            let mut distinct: Option<DistinctTokens> = None;
             let mut held: BTreeMap<Epoch, (Capability<Epoch>, usize)> = BTreeMap::new();
             move |input, output| {
                 input.for_each(|capability, prompts| {
                     let Some(capability) = capability.retain_least(0) else { return };
                     let epoch = *capability.time();
                     held.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
+                    let distinct = distinct.get_or_insert_default();
+                    let before = distinct.estimate();
                     for prompt in prompts.drain(..) {
+                        distinct.insert(&prompt.token_ids);
                         window.insert(Arc::clone(&prompt.token_ids), (epoch, prompt));
                     }
+                    Counters::add(&counters.distinct_tokens, distinct.estimate().saturating_sub(before));
                 });
                 for engine in 0..num_engines {
                     while !window.is_empty() && demand.take(engine) {
-                        let Some((epoch, mut prompt)) = window.next_for(engine) else {
+                        let Some(((epoch, mut prompt), shared)) = window.next_for(engine) else {
                             demand.give_back(engine);
                             break;
                         };
                         prompt.engine = engine as u32;
+                        prompt.shared = shared.into();
                         let (capability, count) = held.get_mut(&epoch).expect("held with its first prompt");
                         output.session(&*capability).give(prompt);
                         *count -= 1;

@@ -5,6 +5,7 @@
 //! the frontier passes an epoch exactly when all its documents are done.
 
 pub mod engine;
+pub mod forecast;
 pub mod page_pool;
 pub mod prefix_cache;
 pub mod runner;
@@ -132,6 +133,8 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                             token_ids: prompt.token_ids,
                             max_tokens: prompt.max_tokens,
                             sampling: prompt.sampling,
+                            step: Arc::clone(&step),
+                            shared: prompt.shared,
                             reply: Arc::clone(&mailbox),
                         });
                     }

@@ -14,6 +14,7 @@ use timely::dataflow::operators::core::OkErr;
 use crate::Epoch;
 use crate::chat::ChatTemplate;
 use crate::document::{Document, ErrorKind, Payload, RecordError};
+use crate::infer::sequence::SharedPrefix;
 use crate::journal::JournalKey;
 use crate::template::Template;
 use crate::tokenizer::Tokenizer;
@@ -28,6 +29,8 @@ pub struct Prompt {
     pub key: JournalKey,
     /// The engine that answers it; set by `group`.
     pub engine: u32,
+    /// What prompts that come later for the same engine share with it; set by `group`.
+    pub shared: Arc<[SharedPrefix]>,
 }
 
 /// What a model brings to the text side; shared by all steps.
@@ -61,7 +64,16 @@ impl PromptBuilder {
                 let sampling = self.sampling_of(&document);
                 let key = JournalKey::new(&self.model.digest, &token_ids, self.max_tokens, &sampling);
                 let token_ids = token_ids.into();
-                Ok(Prompt { document, token_ids, max_tokens: self.max_tokens, sampling, key, engine: 0 })
+                let shared = Arc::default();
+                Ok(Prompt {
+                    document,
+                    token_ids,
+                    max_tokens: self.max_tokens,
+                    sampling,
+                    key,
+                    engine: 0,
+                    shared,
+                })
             }
             Err((kind, message)) => Err(RecordError {
                 id: document.id,

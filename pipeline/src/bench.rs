@@ -4,6 +4,7 @@
 //! run, since speeds of two machines or of two days cannot be compared. Figures are medians of a few repeats.
 
 mod engine;
+mod grouping;
 mod machine;
 mod offline;
 
@@ -30,6 +31,8 @@ pub enum Bench {
     Engine(EngineArgs),
     /// A whole job as a user would run it: requests from a file, answers to Parquet
     Offline(OfflineArgs),
+    /// How often prefixes are computed, beside arrival order and LRU, and how long planning takes; without a model
+    Grouping(GroupingArgs),
     /// The time from the start to the first token; `engine` starts it as a process of its own
     #[command(hide = true)]
     FirstToken { model: String },
@@ -68,6 +71,16 @@ pub struct OfflineArgs {
     /// Length of every answer, in tokens
     #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  tidemill bench grouping --json grouping.json")]
+pub struct GroupingArgs {
+    /// Prompts of 750 tokens in the queue whose planning is timed
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1000..=1_000_000))]
+    queued: u32,
     #[command(flatten)]
     common: CommonArgs,
 }
@@ -138,6 +151,10 @@ pub fn bench(command: &Bench) -> Result<(), BenchError> {
         }
         Bench::Offline(args) => {
             let report = offline::measure(args)?;
+            finish(&report.render(), &report, &args.common)
+        }
+        Bench::Grouping(args) => {
+            let report = grouping::measure(args)?;
             finish(&report.render(), &report, &args.common)
         }
         Bench::FirstToken { model } => engine::first_token(model),

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tidemill_connectors::source::{Source, SourceError};
 use tidemill_operators::batch::Batch;
 use tidemill_operators::document::{Document, DocumentId};
-use tidemill_operators::group::window::distinct_tokens;
+use tidemill_operators::group::distinct::distinct_tokens;
 use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::models::load::{LoadError, load};

@@ -22,6 +22,7 @@ use tidemill_operators::Epoch;
 use tidemill_operators::batch::RoundRobin;
 use tidemill_operators::counters::Counters;
 use tidemill_operators::document::{Document, RecordError};
+use tidemill_operators::group::window::WindowLimits;
 use tidemill_operators::group::{Demand, Group};
 use tidemill_operators::infer::runner::EngineHandle;
 use tidemill_operators::infer::{Failure, Infer};
@@ -119,7 +120,9 @@ pub fn render<'scope>(
             Arc::clone(&shared.counters),
             shared.failure.clone(),
         );
-        let inferred = prompts.group(Arc::clone(demand)).infer(step, engines.to_vec(), Arc::clone(demand));
+        let limits = WindowLimits::new(shared.credit.documents as usize, shared.credit.bytes);
+        let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.counters));
+        let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand));
         documents = scope.concatenate([answered, inferred]);
         errors.push(refused);
     }

@@ -17,6 +17,10 @@ pub struct Summary {
     pub recalled: u64,
     pub prompt_tokens: u64,
     pub computed_tokens: u64,
+    /// Those among them that were computed again after a preemption.
+    pub recomputed_tokens: u64,
+    /// Different prefixes of the prompts, which is the least that can be computed; estimated within half a percent.
+    pub distinct_tokens: u64,
     pub reused_tokens: u64,
     pub output_tokens: u64,
     /// Sequences that gave up their KV pages to others and were computed again.
@@ -35,6 +39,8 @@ impl Summary {
             recalled: Counters::get(&counters.recalled),
             prompt_tokens: Counters::get(&counters.prompt_tokens),
             computed_tokens: Counters::get(&counters.computed_tokens),
+            recomputed_tokens: Counters::get(&counters.recomputed_tokens),
+            distinct_tokens: Counters::get(&counters.distinct_tokens),
             reused_tokens: Counters::get(&counters.reused_tokens),
             output_tokens: Counters::get(&counters.output_tokens),
             preemptions: Counters::get(&counters.preemptions),
@@ -54,9 +60,11 @@ impl Summary {
             ("from the journal", thousands(self.recalled)),
             ("prompt tokens", thousands(self.prompt_tokens)),
             ("  computed", thousands(self.computed_tokens)),
+            ("  computed ÷ distinct", self.computed_ratio()),
             ("  reused", format!("{} ({})", thousands(self.reused_tokens), self.reused_share())),
             ("output tokens", thousands(self.output_tokens)),
             ("preemptions", thousands(self.preemptions)),
+            ("  recomputed", thousands(self.recomputed_tokens)),
             ("prompt tokens/s", rate(self.prompt_tokens)),
             ("output tokens/s", rate(self.output_tokens)),
             ("wall time", format!("{seconds:.1} s")),
@@ -71,6 +79,14 @@ impl Summary {
             column.set_cell_alignment(CellAlignment::Right);
         }
         table.to_string()
+    }
+
+    /// 1 is the optimum: every prefix computed once.
+    fn computed_ratio(&self) -> String {
+        match self.distinct_tokens {
+            0 => "–".to_owned(),
+            distinct => format!("{:.3}", self.computed_tokens as f64 / distinct as f64),
+        }
     }
 
     fn reused_share(&self) -> String {
@@ -117,10 +133,16 @@ mod tests {
 
     #[test]
     fn the_table_has_every_figure() {
-        let summary =
-            Summary { documents: 40, prompt_tokens: 4000, reused_tokens: 1000, ..Summary::default() };
+        let summary = Summary {
+            documents: 40,
+            prompt_tokens: 4000,
+            reused_tokens: 1000,
+            computed_tokens: 3060,
+            distinct_tokens: 3000,
+            ..Summary::default()
+        };
         let table = summary.render();
-        for word in ["documents", "4,000", "1,000 (25 %)", "peak memory"] {
+        for word in ["documents", "4,000", "1,000 (25 %)", "1.020", "peak memory"] {
             assert!(table.contains(word), "{word} is missing in\n{table}");
         }
     }

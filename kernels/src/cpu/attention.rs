@@ -209,7 +209,8 @@ impl Attend<'_> {
             self.scores::<V>(tiles, &tile, head_rows.clone());
             for row in rows.clone() {
                 let visible = self.visible(row);
-                let valid = visible.start.saturating_sub(first)..visible.end.saturating_sub(first).min(TILE_LEN);
+                let valid =
+                    visible.start.saturating_sub(first)..visible.end.saturating_sub(first).min(TILE_LEN);
                 for head in 0..group_len {
                     let at = (row - rows.start) * group_len + head;
                     self.weigh::<V>(row * group_len + head, at, &tile, valid.clone());
@@ -222,7 +223,12 @@ impl Attend<'_> {
 
     /// Exact products of queries and keys.
     #[inline(always)]
-    fn scores<V: Lanes>(&mut self, tiles: Option<&Tiles>, tile: &Tile<'_>, head_rows: std::ops::Range<usize>) {
+    fn scores<V: Lanes>(
+        &mut self,
+        tiles: Option<&Tiles>,
+        tile: &Tile<'_>,
+        head_rows: std::ops::Range<usize>,
+    ) {
         let head_dim = self.shape.head_dim;
         let padded_rows = head_rows.len().next_multiple_of(16);
         let dots = Dots {
@@ -245,7 +251,13 @@ impl Attend<'_> {
     /// Turns scores into weights relative to the highest score so far; `at` is the row among those of the scores.
     #[inline(always)]
     #[expect(clippy::needless_range_loop, reason = "vectors index sums, scales and bytes alike")]
-    fn weigh<V: Lanes>(&mut self, head_row: usize, at: usize, tile: &Tile<'_>, valid: std::ops::Range<usize>) {
+    fn weigh<V: Lanes>(
+        &mut self,
+        head_row: usize,
+        at: usize,
+        tile: &Tile<'_>,
+        valid: std::ops::Range<usize>,
+    ) {
         let Scratch { ints, weights, query_scales, query_sums, weight_scales, rescales, max, total, .. } =
             &mut *self.scratch;
         let bytes = &mut weights[at * TILE_LEN..(at + 1) * TILE_LEN];
@@ -384,7 +396,10 @@ unsafe fn mask<V: Lanes>(values: &mut [V; TILE_VECTORS], valid: &std::ops::Range
 /// # Safety
 /// To be called below [`Isa::run`] with the vectors of that instruction set.
 #[inline(always)]
-#[expect(clippy::excessive_precision, reason = "the coefficients are the nearest f32 of a minimax fit of 2^r")]
+#[expect(
+    clippy::excessive_precision,
+    reason = "the coefficients are the nearest f32 of a minimax fit of 2^r"
+)]
 unsafe fn exp_lanes<V: Lanes>(x: V) -> V {
     // Adding it rounds to an integer, which then is in the low bits.
     const ROUND: f32 = 12_582_912.0;

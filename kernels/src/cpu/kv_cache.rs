@@ -14,7 +14,7 @@ use super::quantize::{quantize, rotate};
 use super::shared::SharedMut;
 use super::{KEY_GROUP_LEN, OFFSET};
 use crate::backend::AttentionShape;
-use crate::step::StepBatch;
+use crate::step::{PageCopy, PageId, StepBatch};
 
 /// Longest head whose row is quantized on the stack.
 pub(super) const MAX_HEAD_DIM: usize = 1024;
@@ -79,6 +79,21 @@ pub(super) fn store_kv(
                 (0..num_tasks).into_par_iter().for_each(|task| store(rows.start + task * per_task));
             }
         }
+    }
+}
+
+/// Copies the first slots of a page to another one, in whole groups: what lies behind them is not read before it is
+/// written.
+pub(super) fn copy_kv(shape: &AttentionShape, copy: &PageCopy, cache: &mut KvCache) {
+    let len = (copy.len as usize).next_multiple_of(KEY_GROUP_LEN);
+    for kv_head in 0..shape.num_kv_heads {
+        let start = |page: PageId| (page.0 as usize * shape.num_kv_heads + kv_head) * shape.page_size;
+        let (from, to) = (start(copy.from), start(copy.to));
+        let bytes = from * shape.head_dim..(from + len) * shape.head_dim;
+        cache.keys.bytes_mut().copy_within(bytes.clone(), to * shape.head_dim);
+        cache.values.bytes_mut().copy_within(bytes, to * shape.head_dim);
+        cache.key_scales.copy_within(from..from + len, to);
+        cache.value_scales.copy_within(from..from + len, to);
     }
 }
 

@@ -245,7 +245,8 @@ impl Task<'_> {
         first_group: usize,
     ) {
         let num_groups = self.weight.layout.num_groups();
-        let weight_scales = &self.weight.scales()[(panel * num_groups + first_group) * LANES..][..GROUPS * LANES];
+        let weight_scales =
+            &self.weight.scales()[(panel * num_groups + first_group) * LANES..][..GROUPS * LANES];
         let range = row * num_groups + first_group..(row + num_rows - 1) * num_groups + first_group + GROUPS;
         let (row_scales, row_sums) = (&self.rows.scales[range.clone()], &self.rows.sums[range]);
         let row_len = num_vectors * LANES;

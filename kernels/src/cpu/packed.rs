@@ -268,11 +268,18 @@ mod tests {
         fs::write(&path, &whole[..whole.len() - 64]).expect("a shorter file");
         assert!(packed("b").iter().all(|(.., packed)| *packed), "a damaged file");
         assert_eq!(fs::read(&path).expect("a file"), whole);
-        assert_eq!(fs::read_dir(folder.path().join("sub")).expect("a folder").count(), 1, "nothing else is left");
+        assert_eq!(
+            fs::read_dir(folder.path().join("sub")).expect("a folder").count(),
+            1,
+            "nothing else is left"
+        );
     }
 
     #[test]
     fn without_a_place_for_the_file_the_weights_are_packed_all_the_same() {
-        assert_eq!(matrices(&Packing::cached(Path::new("/dev/null/x"), "a")), matrices(&Packing::in_memory()));
+        assert_eq!(
+            matrices(&Packing::cached(Path::new("/dev/null/x"), "a")),
+            matrices(&Packing::in_memory())
+        );
     }
 }

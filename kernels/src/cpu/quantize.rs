@@ -224,9 +224,10 @@ mod tests {
 
     #[test]
     fn a_rotation_keeps_lengths_and_undoes_itself() {
-        for (isa, len) in Isa::available().into_iter().flat_map(|isa| {
-            [1, 2, 6, 8, 16, 48, 64, 192, 576, 1536].map(|len| (isa, len))
-        }) {
+        for (isa, len) in Isa::available()
+            .into_iter()
+            .flat_map(|isa| [1, 2, 6, 8, 16, 48, 64, 192, 576, 1536].map(|len| (isa, len)))
+        {
             let row: Vec<f32> = (0..len).map(|i| ((i * 37 + 11) % 101) as f32 - 50.0).collect();
             let mut rotated = row.clone();
             isa.run(Rotate(&mut rotated));
@@ -255,7 +256,9 @@ mod tests {
         for isa in Isa::available() {
             let (bytes, scale, sum) = quantized(isa, &values);
             assert_eq!((bytes[0], bytes[20], bytes[40], sum), (-127, 0, 127, 0));
-            assert!(values.iter().zip(&bytes).all(|(v, b)| (v - f32::from(*b) * scale).abs() <= scale * 0.5001));
+            assert!(
+                values.iter().zip(&bytes).all(|(v, b)| (v - f32::from(*b) * scale).abs() <= scale * 0.5001)
+            );
             assert!(quantized(isa, &[1.0, f32::NAN]).1.is_nan());
             assert_eq!(quantized(isa, &[0.0; 3]), (vec![0; 3], 0.0, 0));
         }

@@ -160,6 +160,11 @@ impl Model for FakeModel {
             std::thread::sleep(self.config.delay_per_token * batch.num_tokens() as u32);
         }
         self.num_tokens += batch.num_tokens() as u64;
+        let page_size = self.config.page_size as usize;
+        for copy in &batch.copies {
+            let from = copy.from.0 as usize * page_size;
+            self.slots.copy_within(from..from + copy.len as usize, copy.to.0 as usize * page_size);
+        }
         // As in a real model, all rows are written before any is read.
         for seq in 0..batch.num_seqs() {
             for row in batch.rows(seq) {
@@ -186,6 +191,10 @@ impl Model for FakeModel {
             output.token_ids[seq] = batch.sampling[seq].map(|params| self.answer(history, &params));
         }
         Ok(output)
+    }
+
+    fn copies_pages(&self) -> bool {
+        true
     }
 }
 

@@ -118,6 +118,10 @@ impl Model for Transformer {
         &self.info
     }
 
+    fn copies_pages(&self) -> bool {
+        true
+    }
+
     fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
         batch.check(&self.info);
         let Self { runner, pool, .. } = self;
@@ -193,6 +197,9 @@ impl<B: Backend> Runner<B> {
     fn forward(&mut self, batch: &StepBatch) {
         let Self { weights, shape, caches, buffers } = self;
         buffers.resize(batch.num_tokens(), &weights.config, shape);
+        for cache in &mut *caches {
+            batch.copies.iter().for_each(|copy| weights.backend.copy_kv(shape, copy, cache));
+        }
         weights.backend.embed(&weights.embedding, &batch.token_ids, &mut buffers.hidden);
         if weights.architecture.scaled_embedding {
             let scale = (weights.config.hidden_size as f32).sqrt();

@@ -8,7 +8,7 @@
 use tidemill_kernels::step::{Model, ModelInfo, StepBatch, StepError, StepOutput};
 
 use super::scheduler::Scheduler;
-use super::sequence::{Finished, Sequence, SequenceRequest};
+use super::sequence::{Finished, SequenceRequest};
 
 /// The bounds of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,8 @@ pub struct EngineStats {
     pub reused_tokens: u64,
     /// Prompt tokens among `computed_tokens` that the same sequence had computed or reused before a preemption.
     pub recomputed_tokens: u64,
+    /// Answer tokens that were computed again after a preemption.
+    pub recomputed_output_tokens: u64,
     /// Answer tokens, without those that end a sequence.
     pub output_tokens: u64,
     pub preemptions: u64,
@@ -78,7 +80,7 @@ impl Engine {
         let info = model.info();
         assert!(info.page_size.is_power_of_two(), "page_size is {}", info.page_size);
         assert!(info.max_position > 0, "a model without positions");
-        let scheduler = Scheduler::new(config, info.num_pages, info.page_size);
+        let scheduler = Scheduler::new(config, info.num_pages, info.page_size, model.copies_pages());
         Self { model, scheduler, steps: 0, step_tokens: 0, batch: StepBatch::default() }
     }
 
@@ -110,7 +112,7 @@ impl Engine {
         if let Some(&token_id) = request.token_ids.iter().find(|&&token_id| token_id >= vocab_size) {
             return Err(SubmitError::UnknownToken { token_id, vocab_size });
         }
-        self.scheduler.submit(Sequence::new(&request));
+        self.scheduler.submit(&request);
         Ok(())
     }
 
@@ -156,6 +158,7 @@ impl Engine {
             computed_tokens: counters.computed_tokens,
             reused_tokens: counters.reused_tokens,
             recomputed_tokens: counters.recomputed_tokens,
+            recomputed_output_tokens: counters.recomputed_output_tokens,
             output_tokens: counters.output_tokens,
             preemptions: counters.preemptions,
             kv_pages_total: num_pages as u64,
@@ -194,6 +197,7 @@ fn clear(batch: &mut StepBatch) {
     batch.kv_page_indptr.clear();
     batch.kv_page_indices.clear();
     batch.sampling.clear();
+    batch.copies.clear();
 }
 
 #[cfg(test)]

@@ -77,4 +77,4 @@ impl PagePool {
 }
 
 #[cfg(test)]
-pub(super) mod fuzz;
+pub(crate) mod fuzz;

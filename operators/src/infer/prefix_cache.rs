@@ -3,17 +3,24 @@
 //! After RadixAttention (SGLang), with one page an edge: an edge is labelled with the page's token ids themselves, so
 //! a hit is exact and not a matter of hashes. A node is named by the page it holds. `num_users` counts the running
 //! sequences whose page table goes through a node; a user of a node uses all its ancestors too, so nodes without
-//! users form whole subtrees and can be given up leaf by leaf, least recently used first by a logical clock.
+//! users form whole subtrees and can be given up leaf by leaf.
+//!
+//! What no later prompt needs goes first. Needed pages are pinned: they yield only when nothing else is left. Within
+//! both, the least recently used goes first. Prompts come depth first, so for needed pages that is the one whose next
+//! use is farthest away (Belady); all pages save the same number of tokens. A pin is an order and not a lock, so it
+//! keeps nobody from running.
 //!
 //! Invariant: the cache holds exactly the pages which the pool says it holds, each in one node, and no two nodes have
 //! the same token ids behind the same parent. Pages that are still being filled never get here.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound::{Excluded, Included, Unbounded};
 use std::sync::Arc;
 
 use tidemill_kernels::step::PageId;
 
 use super::page_pool::PagePool;
+use crate::group::tree::common_len;
 
 /// The tree; see the module.
 #[derive(Debug)]
@@ -23,7 +30,7 @@ pub struct PrefixCache {
     nodes: Vec<Option<Node>>,
     roots: Edges,
     /// Nodes without users and without children, in the order they are given up.
-    idle_leaves: BTreeSet<(u64, PageId)>,
+    idle_leaves: BTreeSet<Worth>,
     num_nodes: usize,
     /// Nodes without users.
     num_idle: usize,
@@ -33,6 +40,9 @@ pub struct PrefixCache {
 
 type Edges = BTreeMap<Arc<[u32]>, PageId>;
 
+/// Whether later prompts need it, when it was last used, and its name.
+type Worth = (bool, u64, PageId);
+
 #[derive(Debug)]
 struct Node {
     token_ids: Arc<[u32]>,
@@ -40,6 +50,14 @@ struct Node {
     children: Edges,
     num_users: u32,
     last_used: u64,
+    /// Later prompts that need it, as the prompt with this serial number knew.
+    num_later: (u64, u32),
+}
+
+impl Node {
+    fn worth(&self, page: PageId) -> Worth {
+        (self.num_later.1 > 0, self.last_used, page)
+    }
 }
 
 impl PrefixCache {
@@ -68,6 +86,18 @@ impl PrefixCache {
         path
     }
 
+    /// Behind the pages of a path, the page that begins with the most of `token_ids`, and how many it has.
+    pub fn lookup_partial(&self, parent: Option<PageId>, token_ids: &[u32]) -> Option<(PageId, usize)> {
+        let edges = self.edges(parent);
+        // Those with the longest common beginning are next to it in the order.
+        let before = edges.range::<[u32], _>((Unbounded, Excluded(token_ids))).next_back();
+        let after = edges.range::<[u32], _>((Included(token_ids), Unbounded)).next();
+        let nearest = before.into_iter().chain(after);
+        let (page, len) =
+            nearest.map(|(edge, &page)| (page, common_len(edge, token_ids))).max_by_key(|&(_, len)| len)?;
+        (len > 0).then_some((page, len))
+    }
+
     /// Of the pages in `path`, how many could be given up now.
     pub fn num_idle_in(&self, path: &[PageId]) -> usize {
         path.iter().filter(|&&page| self.node(page).num_users == 0).count()
@@ -85,16 +115,37 @@ impl PrefixCache {
     pub fn unlock(&mut self, path: &[PageId]) {
         self.check_path(path);
         self.clock += 1;
-        let clock = self.clock;
-        for &page in path {
-            let node = self.node_mut(page);
-            assert!(node.num_users > 0, "page {page} is unlocked without a user");
-            node.num_users -= 1;
-            if node.num_users == 0 {
-                node.last_used = clock;
-                self.num_idle += 1;
-                self.add_if_idle_leaf(page);
-            }
+        path.iter().for_each(|&page| self.remove_user(page));
+    }
+
+    /// Adds a user to one page, so that it can be copied. The pages before it must be in use.
+    pub fn lock_page(&mut self, page: PageId) {
+        let parent = self.node(page).parent;
+        assert!(parent.is_none_or(|parent| self.node(parent).num_users > 0), "a path with a gap");
+        self.add_user(page);
+    }
+
+    /// Takes back what [`lock_page`](Self::lock_page) added.
+    pub fn unlock_page(&mut self, page: PageId) {
+        self.clock += 1;
+        self.remove_user(page);
+    }
+
+    /// How many sequences use a page.
+    pub fn num_users(&self, page: PageId) -> u32 {
+        self.node(page).num_users
+    }
+
+    /// Notes how many later prompts need a page, as a prompt with this serial number knows; the latest one knows best.
+    pub fn set_num_later(&mut self, page: PageId, serial: u64, num_later: u32) {
+        let node = self.node_mut(page);
+        if serial < node.num_later.0 {
+            return;
+        }
+        let before = node.worth(page);
+        node.num_later = (serial, num_later);
+        if self.idle_leaves.remove(&before) {
+            self.add_if_idle_leaf(page);
         }
     }
 
@@ -122,16 +173,17 @@ impl PrefixCache {
         pool.share(page);
         let token_ids: Arc<[u32]> = token_ids.into();
         self.edges_mut(parent).insert(Arc::clone(&token_ids), page);
-        let node = Node { token_ids, parent, children: Edges::new(), num_users: 1, last_used: self.clock };
+        let (children, last_used, num_later) = (Edges::new(), self.clock, (0, 0));
+        let node = Node { token_ids, parent, children, num_users: 1, last_used, num_later };
         let previous = self.nodes[page.0 as usize].replace(node);
         assert!(previous.is_none(), "page {page} is in two nodes");
         self.num_nodes += 1;
         page
     }
 
-    /// Frees the least recently used page that has neither users nor children; false when there is none.
+    /// Frees the page of least worth that has neither users nor children; false when there is none.
     pub fn evict(&mut self, pool: &mut PagePool) -> bool {
-        let Some((_, page)) = self.idle_leaves.pop_first() else {
+        let Some((_, _, page)) = self.idle_leaves.pop_first() else {
             assert_eq!(self.num_idle, 0, "idle pages without an idle leaf");
             return false;
         };
@@ -162,17 +214,29 @@ impl PrefixCache {
         let node = self.node_mut(page);
         node.num_users += 1;
         if node.num_users == 1 {
-            let age = (node.last_used, page);
+            let worth = node.worth(page);
             self.num_idle -= 1;
-            self.idle_leaves.remove(&age);
+            self.idle_leaves.remove(&worth);
+        }
+    }
+
+    fn remove_user(&mut self, page: PageId) {
+        let clock = self.clock;
+        let node = self.node_mut(page);
+        assert!(node.num_users > 0, "page {page} is unlocked without a user");
+        node.num_users -= 1;
+        if node.num_users == 0 {
+            node.last_used = clock;
+            self.num_idle += 1;
+            self.add_if_idle_leaf(page);
         }
     }
 
     fn add_if_idle_leaf(&mut self, page: PageId) {
         let node = self.node(page);
         if node.num_users == 0 && node.children.is_empty() {
-            let age = (node.last_used, page);
-            self.idle_leaves.insert(age);
+            let worth = node.worth(page);
+            self.idle_leaves.insert(worth);
         }
     }
 

@@ -15,7 +15,7 @@ use timely::scheduling::SyncActivator;
 
 use super::Failure;
 use super::engine::{Engine, EngineStats};
-use super::sequence::{Finished, SequenceId, SequenceRequest};
+use super::sequence::{Finished, SequenceId, SequenceRequest, SharedPrefix};
 use crate::counters::Counters;
 use crate::document::Generated;
 use crate::journal::{Journal, JournalKey};
@@ -29,6 +29,8 @@ pub struct Work {
     pub token_ids: Arc<[u32]>,
     pub max_tokens: u32,
     pub sampling: SamplingParams,
+    pub step: Arc<str>,
+    pub shared: Arc<[SharedPrefix]>,
     pub reply: Arc<Mailbox>,
 }
 
@@ -183,6 +185,7 @@ impl Driver {
         // Wraps both ways: a preemption may move tokens from one count to another.
         Counters::add(&counters.prompt_tokens, prompt(&now).wrapping_sub(prompt(&before)));
         Counters::add(&counters.computed_tokens, now.computed_tokens - before.computed_tokens);
+        Counters::add(&counters.recomputed_tokens, now.recomputed_tokens - before.recomputed_tokens);
         Counters::add(&counters.reused_tokens, now.reused_tokens - before.reused_tokens);
         Counters::add(&counters.output_tokens, now.output_tokens - before.output_tokens);
     }
@@ -196,6 +199,8 @@ impl Driver {
             token_ids: Arc::clone(&work.token_ids),
             max_tokens: work.max_tokens,
             sampling: work.sampling,
+            step: Arc::clone(&work.step),
+            shared: Arc::clone(&work.shared),
         })?;
         self.open.insert(id, work);
         Ok(())

@@ -3,22 +3,29 @@
 //! The algorithm is that of the vLLM v1 scheduler: no prefill or decode phases, only tokens not yet computed. One
 //! budget of tokens a step goes to sequences with a single uncomputed token first (decodes), then to running
 //! prefills in order of admission, then to waiting sequences in order of submission; so a step mixes decodes with
-//! chunks of prompts. A sequence is admitted with pages for all its known tokens, and needs another one only when its
-//! answer crosses a page boundary. When there is none, the newest admitted sequence is preempted: it returns to the
-//! front of the waiting queue, and later computes its tokens again, answer included. Nothing is ever dropped.
+//! chunks of prompts. A sequence is admitted with pages for all its known tokens, if a forecast says that the answers
+//! will find room too ([`admission`]), and needs another page only when its answer crosses a page boundary. When
+//! there is none, the sequence that costs least to compute again is preempted: it returns to its place in the
+//! waiting queue. Nothing is ever dropped.
 //!
 //! Invariants: a page that a step writes has one holder. What is in the prefix cache was computed by an earlier
-//! step. The oldest running sequence is never preempted for another one, and whoever fits the cache alone is
-//! admitted when nothing else runs; so every sequence finishes.
+//! step. The oldest running sequence is never preempted, and whoever fits the cache alone is admitted when nothing
+//! else runs; so every sequence finishes.
 
-use std::collections::VecDeque;
+mod admission;
 
-use tidemill_kernels::step::{PageId, StepBatch, StepOutput};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use tidemill_kernels::step::{PageCopy, PageId, StepBatch, StepOutput};
 
 use super::engine::EngineConfig;
+use super::forecast::AnswerLengths;
 use super::page_pool::{PageHolder, PagePool};
 use super::prefix_cache::PrefixCache;
-use super::sequence::{Finished, Sequence};
+use super::sequence::{Finished, Sequence, SequenceRequest};
+use admission::Admission;
 
 /// How many waiting sequences are considered in a step while those before them wait for a shared prefix.
 const MAX_LOOKAHEAD: usize = 32;
@@ -38,6 +45,7 @@ pub struct Counters {
     pub computed_tokens: u64,
     pub reused_tokens: u64,
     pub recomputed_tokens: u64,
+    pub recomputed_output_tokens: u64,
     pub output_tokens: u64,
     pub preemptions: u64,
     pub peak_running: u64,
@@ -48,50 +56,59 @@ pub struct Counters {
 pub struct Scheduler {
     config: EngineConfig,
     page_size: usize,
+    /// Whether the model copies the beginning of a page; otherwise whole pages are shared and nothing else.
+    copies_pages: bool,
     pool: PagePool,
     /// Stays empty when the configuration says so.
     cache: PrefixCache,
+    /// In order of submission.
     waiting: VecDeque<Sequence>,
     /// In order of admission.
     running: Vec<Sequence>,
     plan: StepPlan,
+    /// Planned and not committed. A step that failed is tried again as it was, since it may have written some pages.
+    is_planned: bool,
+    /// By step of the pipeline.
+    answer_lengths: BTreeMap<Arc<str>, AnswerLengths>,
+    num_submitted: u64,
     counters: Counters,
 }
 
-/// What became of a waiting sequence.
-enum Admission {
-    Admitted,
-    /// A running sequence computes its next page.
-    AwaitsSibling,
-    OutOfPages,
-}
-
 impl Scheduler {
-    pub fn new(config: EngineConfig, num_pages: u32, page_size: u32) -> Self {
+    pub fn new(config: EngineConfig, num_pages: u32, page_size: u32, copies_pages: bool) -> Self {
         assert!(config.max_num_seqs > 0, "max_num_seqs is 0");
         assert!(config.max_num_batched_tokens > 0, "max_num_batched_tokens is 0");
         Self {
             config,
             page_size: page_size as usize,
+            copies_pages,
             pool: PagePool::new(num_pages),
             cache: PrefixCache::new(num_pages, page_size),
             waiting: VecDeque::new(),
             running: Vec::new(),
             plan: StepPlan::default(),
+            is_planned: false,
+            answer_lengths: BTreeMap::new(),
+            num_submitted: 0,
             counters: Counters::default(),
         }
     }
 
     /// Queues a sequence which fits the cache alone, prompt and answer together. The queue has no bound of its own.
-    pub fn submit(&mut self, sequence: Sequence) {
+    pub fn submit(&mut self, request: &SequenceRequest) {
+        let sequence = Sequence::new(request, self.num_submitted);
         let max_len = sequence.prompt_len + sequence.max_tokens;
         assert!(max_len <= self.pool.num_pages() * self.page_size, "the sequence could never finish");
+        self.num_submitted += 1;
         self.counters.prompt_tokens += sequence.prompt_len as u64;
         self.waiting.push_back(sequence);
     }
 
-    /// Plans the next step. Planning again without [`commit`](Self::commit) is harmless: nothing was computed.
+    /// Plans the next step. Without [`commit`](Self::commit) the plan stays as it is.
     pub fn plan(&mut self) -> &StepPlan {
+        if self.is_planned {
+            return &self.plan;
+        }
         let mut budget = self.config.max_num_batched_tokens;
         self.plan.chunk_lens.clear();
         self.plan.chunk_lens.resize(self.running.len(), 0);
@@ -100,6 +117,7 @@ impl Scheduler {
         self.plan_admissions(&mut budget);
         self.counters.peak_running = self.counters.peak_running.max(self.running.len() as u64);
         self.check_plan();
+        self.is_planned = !self.running.is_empty();
         &self.plan
     }
 
@@ -116,11 +134,16 @@ impl Scheduler {
             assert!(written.iter().all(|&page| self.pool.holder(page) == PageHolder::Sequence));
             let sampling = (end == sequence.known_len()).then_some(sequence.sampling);
             batch.push(&sequence.token_ids[first..end], first as u32, pages, sampling);
+            if let Some(copy) = sequence.copy {
+                let to = pages[sequence.copied_end / self.page_size];
+                batch.copies.push(PageCopy { from: copy.page, to, len: copy.len as u32 });
+            }
         }
     }
 
     /// Takes in the output of the planned step; returns the sequences it has finished.
     pub fn commit(&mut self, output: &StepOutput, eos_token_ids: &[u32]) -> Vec<Finished> {
+        self.is_planned = false;
         let mut finished = Vec::new();
         let mut sampled = output.token_ids.iter();
         let mut chunk_lens = std::mem::take(&mut self.plan.chunk_lens);
@@ -132,6 +155,7 @@ impl Scheduler {
                 continue;
             }
             let token_id = *sampled.next().expect("the output has one entry a planned sequence");
+            self.drop_copy(&mut sequence);
             self.advance(&mut sequence, chunk_len);
             if sequence.computed_len < sequence.known_len() {
                 self.running.push(sequence);
@@ -145,6 +169,7 @@ impl Scheduler {
                 Some(reason) => {
                     self.release(&mut sequence);
                     self.counters.finished += 1;
+                    self.learn(&sequence.step, sequence.answer_len());
                     finished.push(sequence.finish(reason));
                 }
             }
@@ -152,6 +177,11 @@ impl Scheduler {
         assert!(sampled.next().is_none(), "the output has more entries than the plan");
         self.plan.chunk_lens = chunk_lens;
         finished
+    }
+
+    /// Expects answers of a step to be like this one.
+    pub fn learn(&mut self, step: &Arc<str>, answer_len: usize) {
+        self.answer_lengths.entry(Arc::clone(step)).or_default().add(answer_len);
     }
 
     pub fn counters(&self) -> Counters {
@@ -183,11 +213,13 @@ impl Scheduler {
     fn plan_decodes(&mut self, budget: &mut usize) {
         let mut index = 0;
         while index < self.running.len() && *budget > 0 {
-            if self.running[index].uncomputed_len() == 1 && self.extend_pages(index) {
+            if self.running[index].uncomputed_len() > 1 {
+                index += 1;
+            } else if self.extend_pages(&mut index, budget) {
                 self.plan.chunk_lens[index] = 1;
                 *budget -= 1;
+                index += 1;
             }
-            index += 1;
         }
     }
 
@@ -221,78 +253,54 @@ impl Scheduler {
         }
     }
 
-    /// Moves a waiting sequence to the running ones, with pages for all its tokens.
-    fn admit(&mut self, index: usize) -> Admission {
-        let sequence = &self.waiting[index];
-        // The last token is always computed: its logits choose the next one.
-        let path = match self.config.enable_prefix_cache {
-            true => self.cache.lookup(&sequence.token_ids[..sequence.known_len() - 1]),
-            false => Vec::new(),
-        };
-        if self.config.enable_prefix_cache && self.sibling_computes(sequence, path.len()) {
-            return Admission::AwaitsSibling;
-        }
-        let num_new = sequence.known_len().div_ceil(self.page_size) - path.len();
-        let num_available = self.num_available_pages() - self.cache.num_idle_in(&path);
-        // A page for each running sequence to grow into, or they would soon push the new one out again. It
-        // also keeps a sequence that was just preempted from coming back at once.
-        let num_reserved = self.running.len();
-        if num_available < num_new + num_reserved {
-            assert!(!self.running.is_empty(), "a sequence that fits the cache alone is not admitted");
-            return Admission::OutOfPages;
-        }
-        let mut sequence = self.waiting.remove(index).expect("the index is below the length");
-        self.cache.lock(&path);
-        self.reuse(&mut sequence, path.len());
-        sequence.pages = path;
-        for _ in 0..num_new {
-            let page = self.take_page().expect("as many pages are available");
-            sequence.pages.push(page);
-        }
-        self.running.push(sequence);
-        Admission::Admitted
-    }
-
-    /// Whether the page after the `num_cached` ones is on its way: a running sequence has the same tokens up to
-    /// the end of it, and has not finished it yet.
-    fn sibling_computes(&self, sequence: &Sequence, num_cached: usize) -> bool {
-        let end = (num_cached + 1) * self.page_size;
-        if end > sequence.known_len() - 1 {
-            return false;
-        }
-        self.running.iter().any(|sibling| {
-            sibling.num_shared_pages <= num_cached
-                && sibling.known_len() >= end
-                && sibling.token_ids[..end] == sequence.token_ids[..end]
-        })
-    }
-
-    /// Makes sure the next token of a running sequence has a page, at the cost of the newest ones; false when the
-    /// sequence itself was preempted.
-    fn extend_pages(&mut self, index: usize) -> bool {
-        let sequence = &self.running[index];
+    /// Makes sure the next token of a running sequence has a page, at the cost of others; false when the sequence
+    /// itself was preempted. `index` stays with the sequence, or then is that of its successor.
+    fn extend_pages(&mut self, index: &mut usize, budget: &mut usize) -> bool {
+        let sequence = &self.running[*index];
         if sequence.computed_len < sequence.pages.len() * self.page_size {
             return true;
         }
         loop {
             if let Some(page) = self.take_page() {
-                self.running[index].pages.push(page);
+                self.running[*index].pages.push(page);
                 return true;
             }
-            assert!(self.running.len() > 1, "a sequence that fits the cache alone has no page");
-            self.preempt_newest();
-            if index == self.running.len() {
+            let victim = self.cheapest_victim();
+            *budget += self.plan.chunk_lens.remove(victim);
+            self.preempt(victim);
+            if victim == *index {
                 return false;
             }
+            *index -= usize::from(victim < *index);
         }
     }
 
-    fn preempt_newest(&mut self) {
-        let mut sequence = self.running.pop().expect("someone runs");
-        self.plan.chunk_lens.pop();
+    /// Of the running sequences but the oldest, the one that loses the fewest tokens; the newest of equals. Tokens in
+    /// pages that others use are not lost, and who has no other pages is of no help.
+    fn cheapest_victim(&self) -> usize {
+        assert!(self.running.len() > 1, "a sequence that fits the cache alone has no page");
+        let cost = |index: &usize| {
+            let sequence = &self.running[*index];
+            let num_own_pages = self.num_own_pages(sequence);
+            let kept_len = (sequence.pages.len() - num_own_pages) * self.page_size;
+            (num_own_pages == 0, sequence.computed_len.saturating_sub(kept_len), Reverse(*index))
+        };
+        (1..self.running.len()).min_by_key(cost).expect("two or more run")
+    }
+
+    fn preempt(&mut self, index: usize) {
+        let mut sequence = self.running.remove(index);
         self.release(&mut sequence);
         self.counters.preemptions += 1;
-        self.waiting.push_front(sequence);
+        let place = self.waiting.partition_point(|other| other.serial < sequence.serial);
+        self.waiting.insert(place, sequence);
+    }
+
+    /// Pages that nobody else uses: the last ones of the page table.
+    fn num_own_pages(&self, sequence: &Sequence) -> usize {
+        let shared = &sequence.pages[..sequence.num_shared_pages];
+        let num_alone = shared.iter().rev().take_while(|&&page| self.cache.num_users(page) == 1).count();
+        sequence.pages.len() - shared.len() + num_alone
     }
 
     /// A free page, or one that the prefix cache gives up.
@@ -303,25 +311,16 @@ impl Scheduler {
         self.pool.take()
     }
 
-    fn reuse(&mut self, sequence: &mut Sequence, num_pages: usize) {
-        assert_eq!(sequence.computed_len, 0);
-        let end = num_pages * self.page_size;
-        let num_new = sequence.num_prompt_tokens(sequence.seen_len, end);
-        sequence.num_shared_pages = num_pages;
-        sequence.computed_len = end;
-        sequence.seen_len = sequence.seen_len.max(end);
-        sequence.num_reused += num_new as u32;
-        self.counters.reused_tokens += num_new as u64;
-    }
-
     /// Counts a computed chunk, and hands the pages it has filled to the prefix cache.
     fn advance(&mut self, sequence: &mut Sequence, chunk_len: usize) {
         let (first, end) = (sequence.computed_len, sequence.computed_len + chunk_len);
         let num_computed = sequence.num_prompt_tokens(first, end);
         sequence.num_computed += num_computed as u32;
         self.counters.computed_tokens += num_computed as u64;
-        let num_recomputed = sequence.num_prompt_tokens(first, end.min(sequence.seen_len));
+        let seen_end = end.min(sequence.seen_len);
+        let num_recomputed = sequence.num_prompt_tokens(first, seen_end);
         self.counters.recomputed_tokens += num_recomputed as u64;
+        self.counters.recomputed_output_tokens += (seen_end.saturating_sub(first) - num_recomputed) as u64;
         sequence.computed_len = end;
         sequence.seen_len = sequence.seen_len.max(end);
         if !self.config.enable_prefix_cache {
@@ -333,11 +332,26 @@ impl Scheduler {
             let page = self.cache.insert(parent, token_ids, sequence.pages[index], &mut self.pool);
             sequence.pages[index] = page;
             sequence.num_shared_pages = index + 1;
+            self.cache.set_num_later(page, sequence.serial, self.num_later(sequence, index));
+        }
+    }
+
+    /// How many later prompts need what this sequence has computed of one of its pages.
+    fn num_later(&self, sequence: &Sequence, index: usize) -> u32 {
+        let (first, last) = (index * self.page_size, (index + 1) * self.page_size - 1);
+        sequence.num_later(if self.copies_pages { first.max(sequence.copied_end) } else { last })
+    }
+
+    /// The copy is done, or not wanted any more.
+    fn drop_copy(&mut self, sequence: &mut Sequence) {
+        if let Some(copy) = sequence.copy.take().filter(|copy| copy.is_cached) {
+            self.cache.unlock_page(copy.page);
         }
     }
 
     /// Gives all pages back; those in the prefix cache stay there until they are needed.
     fn release(&mut self, sequence: &mut Sequence) {
+        self.drop_copy(sequence);
         let (shared, own) = sequence.pages.split_at(sequence.num_shared_pages);
         self.cache.unlock(shared);
         for &page in own {
@@ -345,6 +359,7 @@ impl Scheduler {
         }
         sequence.pages.clear();
         sequence.num_shared_pages = 0;
+        sequence.copied_end = 0;
         sequence.computed_len = 0;
     }
 
@@ -360,4 +375,4 @@ impl Scheduler {
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

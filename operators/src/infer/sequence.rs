@@ -13,6 +13,13 @@ use tidemill_kernels::step::{PageId, SamplingParams};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
 
+/// So many prompts that will be submitted later begin with the same `len` tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedPrefix {
+    pub len: u32,
+    pub num_later: u32,
+}
+
 /// A prompt to be answered.
 #[derive(Clone, Debug)]
 pub struct SequenceRequest {
@@ -21,6 +28,17 @@ pub struct SequenceRequest {
     /// The answer ends here at the latest; at least 1.
     pub max_tokens: u32,
     pub sampling: SamplingParams,
+    /// The pipeline's step; how long answers become is learned for each.
+    pub step: Arc<str>,
+    /// Longer prefixes have fewer users. Empty if nothing is known; no answer depends on it.
+    pub shared: Arc<[SharedPrefix]>,
+}
+
+impl SequenceRequest {
+    /// A prompt of which nothing more is known.
+    pub fn new(id: SequenceId, token_ids: Arc<[u32]>, max_tokens: u32, sampling: SamplingParams) -> Self {
+        Self { id, token_ids, max_tokens, sampling, step: "".into(), shared: Arc::default() }
+    }
 }
 
 /// Why an answer ended, in the words of vLLM and OpenAI.
@@ -56,10 +74,23 @@ impl FinishReason {
     }
 }
 
+/// The beginning of a page that a sequence takes over before its first step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopySource {
+    pub page: PageId,
+    pub len: usize,
+    /// The page is of the prefix cache, and locked there for this sequence; otherwise of a running sequence.
+    pub is_cached: bool,
+}
+
 /// A sequence inside the engine.
 #[derive(Debug)]
 pub struct Sequence {
     pub id: SequenceId,
+    /// Place in the order of submission.
+    pub serial: u64,
+    pub step: Arc<str>,
+    pub shared: Arc<[SharedPrefix]>,
     /// The prompt, then the answer so far.
     pub token_ids: Vec<u32>,
     pub prompt_len: usize,
@@ -71,6 +102,10 @@ pub struct Sequence {
     pub pages: Vec<PageId>,
     /// Leading pages held by the prefix cache.
     pub num_shared_pages: usize,
+    /// Until the step that copies it is done.
+    pub copy: Option<CopySource>,
+    /// Where the copied tokens end; 0 without a copy.
+    pub copied_end: usize,
     /// Most tokens that were ever computed or reused: below it, computing is recomputing.
     pub seen_len: usize,
     /// Counts for [`Finished`].
@@ -79,11 +114,15 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(request: &SequenceRequest) -> Self {
+    pub fn new(request: &SequenceRequest, serial: u64) -> Self {
         assert!(!request.token_ids.is_empty());
         assert!(request.max_tokens > 0);
+        assert!(request.shared.is_sorted_by(|a, b| a.len < b.len && a.num_later > b.num_later));
         Self {
             id: request.id,
+            serial,
+            step: Arc::clone(&request.step),
+            shared: Arc::clone(&request.shared),
             token_ids: request.token_ids.to_vec(),
             prompt_len: request.token_ids.len(),
             max_tokens: request.max_tokens as usize,
@@ -91,6 +130,8 @@ impl Sequence {
             computed_len: 0,
             pages: Vec::new(),
             num_shared_pages: 0,
+            copy: None,
+            copied_end: 0,
             seen_len: 0,
             num_computed: 0,
             num_reused: 0,
@@ -108,6 +149,17 @@ impl Sequence {
         self.known_len() - self.computed_len
     }
 
+    /// Answer tokens so far.
+    pub fn answer_len(&self) -> usize {
+        self.known_len() - self.prompt_len
+    }
+
+    /// How many later prompts have more than the first `len` tokens in common with this one.
+    pub fn num_later(&self, len: usize) -> u32 {
+        let place = self.shared.partition_point(|prefix| prefix.len as usize <= len);
+        self.shared.get(place).map_or(0, |prefix| prefix.num_later)
+    }
+
     /// Of the positions in `first..end`, how many belong to the prompt.
     pub fn num_prompt_tokens(&self, first: usize, end: usize) -> usize {
         end.min(self.prompt_len).saturating_sub(first)
@@ -120,7 +172,7 @@ impl Sequence {
             return Some(FinishReason::Stop);
         }
         self.token_ids.push(token_id);
-        (self.known_len() - self.prompt_len == self.max_tokens).then_some(FinishReason::Length)
+        (self.answer_len() == self.max_tokens).then_some(FinishReason::Length)
     }
 
     /// The answer; the pages must have been given back.

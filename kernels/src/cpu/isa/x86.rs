@@ -69,7 +69,10 @@ impl<const VNNI: bool> Lanes for Ymm<VNNI> {
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: see above.
-        unsafe { _mm256_storeu_ps(to, self.0); _mm256_storeu_ps(to.add(8), self.1); }
+        unsafe {
+            _mm256_storeu_ps(to, self.0);
+            _mm256_storeu_ps(to.add(8), self.1);
+        }
     }
 
     #[inline(always)]
@@ -93,9 +96,13 @@ impl<const VNNI: bool> Lanes for Ymm<VNNI> {
     #[inline(always)]
     unsafe fn power_of_two(self) -> Self {
         // SAFETY: see above.
-        unsafe { let one = _mm256_castps_si256(_mm256_set1_ps(1.0));
-            let power = |x| _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<23>(_mm256_castps_si256(x)), one));
-            Self(power(self.0), power(self.1)) }
+        unsafe {
+            let one = _mm256_castps_si256(_mm256_set1_ps(1.0));
+            let power = |x| {
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<23>(_mm256_castps_si256(x)), one))
+            };
+            Self(power(self.0), power(self.1))
+        }
     }
 
     #[inline(always)]
@@ -119,32 +126,47 @@ impl<const VNNI: bool> Lanes for Ymm<VNNI> {
     #[inline(always)]
     unsafe fn swap<const DISTANCE: usize>(self) -> Self {
         // SAFETY: see above.
-        unsafe { match DISTANCE {
-            1 => Self(_mm256_permute_ps::<0b10_11_00_01>(self.0), _mm256_permute_ps::<0b10_11_00_01>(self.1)),
-            2 => Self(_mm256_permute_ps::<0b01_00_11_10>(self.0), _mm256_permute_ps::<0b01_00_11_10>(self.1)),
-            4 => Self(_mm256_permute2f128_ps::<1>(self.0, self.0), _mm256_permute2f128_ps::<1>(self.1, self.1)),
-            _ => Self(self.1, self.0),
-        } }
+        unsafe {
+            match DISTANCE {
+                1 => Self(
+                    _mm256_permute_ps::<0b10_11_00_01>(self.0),
+                    _mm256_permute_ps::<0b10_11_00_01>(self.1),
+                ),
+                2 => Self(
+                    _mm256_permute_ps::<0b01_00_11_10>(self.0),
+                    _mm256_permute_ps::<0b01_00_11_10>(self.1),
+                ),
+                4 => Self(
+                    _mm256_permute2f128_ps::<1>(self.0, self.0),
+                    _mm256_permute2f128_ps::<1>(self.1, self.1),
+                ),
+                _ => Self(self.1, self.0),
+            }
+        }
     }
 
     #[inline(always)]
     unsafe fn round_to_bytes(self, to: *mut i8) -> Self::Ints {
         // SAFETY: see above.
-        unsafe { let ints = (_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+        unsafe {
+            let ints = (_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
             let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(ints.0, ints.1));
             let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
             _mm_storeu_si128(to.cast(), bytes);
-            ints }
+            ints
+        }
     }
 
     #[inline(always)]
     unsafe fn magnitude_bits(self) -> Self::Ints {
         // SAFETY: see above.
-        unsafe { let mask = _mm256_set1_epi32(0x7fff_ffff);
+        unsafe {
+            let mask = _mm256_set1_epi32(0x7fff_ffff);
             (
                 _mm256_and_si256(_mm256_castps_si256(self.0), mask),
                 _mm256_and_si256(_mm256_castps_si256(self.1), mask),
-            ) }
+            )
+        }
     }
 
     #[inline(always)]
@@ -168,7 +190,10 @@ impl<const VNNI: bool> Lanes for Ymm<VNNI> {
     #[inline(always)]
     unsafe fn store_ints(ints: Self::Ints, to: *mut i32) {
         // SAFETY: see above.
-        unsafe { _mm256_storeu_si256(to.cast(), ints.0); _mm256_storeu_si256(to.add(8).cast(), ints.1); }
+        unsafe {
+            _mm256_storeu_si256(to.cast(), ints.0);
+            _mm256_storeu_si256(to.add(8).cast(), ints.1);
+        }
     }
 
     #[inline(always)]
@@ -192,13 +217,25 @@ impl<const VNNI: bool> Lanes for Ymm<VNNI> {
     #[inline(always)]
     unsafe fn splat_quad(from: *const u8) -> Self::Quads {
         // SAFETY: see above.
-        unsafe { let quad = _mm256_set1_epi32(from.cast::<i32>().read_unaligned()); (quad, quad) }
+        unsafe {
+            let quad = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+            (quad, quad)
+        }
     }
 
     #[inline(always)]
     unsafe fn dot(sums: Self::Ints, unsigned: Self::Quads, signed: Self::Quads) -> Self::Ints {
         // SAFETY: see above.
-        unsafe { if VNNI { (_mm256_dpbusd_avx_epi32(sums.0, unsigned.0, signed.0), _mm256_dpbusd_avx_epi32(sums.1, unsigned.1, signed.1)) } else { (dot_by_widening(sums.0, unsigned.0, signed.0), dot_by_widening(sums.1, unsigned.1, signed.1)) } }
+        unsafe {
+            if VNNI {
+                (
+                    _mm256_dpbusd_avx_epi32(sums.0, unsigned.0, signed.0),
+                    _mm256_dpbusd_avx_epi32(sums.1, unsigned.1, signed.1),
+                )
+            } else {
+                (dot_by_widening(sums.0, unsigned.0, signed.0), dot_by_widening(sums.1, unsigned.1, signed.1))
+            }
+        }
     }
 
     #[inline(always)]
@@ -253,8 +290,13 @@ impl Lanes for Zmm {
     #[inline(always)]
     unsafe fn power_of_two(self) -> Self {
         // SAFETY: see above.
-        unsafe { let one = _mm512_castps_si512(_mm512_set1_ps(1.0));
-            Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)), one))) }
+        unsafe {
+            let one = _mm512_castps_si512(_mm512_set1_ps(1.0));
+            Self(_mm512_castsi512_ps(_mm512_add_epi32(
+                _mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)),
+                one,
+            )))
+        }
     }
 
     #[inline(always)]
@@ -278,20 +320,24 @@ impl Lanes for Zmm {
     #[inline(always)]
     unsafe fn swap<const DISTANCE: usize>(self) -> Self {
         // SAFETY: see above.
-        unsafe { Self(match DISTANCE {
-            1 => _mm512_permute_ps::<0b10_11_00_01>(self.0),
-            2 => _mm512_permute_ps::<0b01_00_11_10>(self.0),
-            4 => _mm512_shuffle_f32x4::<0b10_11_00_01>(self.0, self.0),
-            _ => _mm512_shuffle_f32x4::<0b01_00_11_10>(self.0, self.0),
-        }) }
+        unsafe {
+            Self(match DISTANCE {
+                1 => _mm512_permute_ps::<0b10_11_00_01>(self.0),
+                2 => _mm512_permute_ps::<0b01_00_11_10>(self.0),
+                4 => _mm512_shuffle_f32x4::<0b10_11_00_01>(self.0, self.0),
+                _ => _mm512_shuffle_f32x4::<0b01_00_11_10>(self.0, self.0),
+            })
+        }
     }
 
     #[inline(always)]
     unsafe fn round_to_bytes(self, to: *mut i8) -> Self::Ints {
         // SAFETY: see above.
-        unsafe { let ints = _mm512_cvtps_epi32(self.0);
+        unsafe {
+            let ints = _mm512_cvtps_epi32(self.0);
             _mm_storeu_si128(to.cast(), _mm512_cvtsepi32_epi8(ints));
-            ints }
+            ints
+        }
     }
 
     #[inline(always)]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::step::PageCopy;
 
 const GREEDY: Option<SamplingParams> = Some(SamplingParams::GREEDY);
 
@@ -59,6 +60,17 @@ fn shared_prefixes_are_sound() {
     let expected = step(&mut model, &TOKENS, 0, &pages([0, 1, 2]));
     // Another sequence reuses the first two pages and computes the rest.
     assert_eq!(step(&mut model, &TOKENS[8..], 8, &pages([0, 1, 5])), expected);
+    assert_eq!(model.num_faults(), 0);
+}
+
+#[test]
+fn a_copied_prefix_is_sound() {
+    let mut model = model();
+    let expected = step(&mut model, &TOKENS, 0, &pages([0, 1, 2]));
+    let copies = vec![PageCopy { from: PageId(2), to: PageId(6), len: 1 }];
+    let mut batch = StepBatch { copies, ..StepBatch::default() };
+    batch.push(&TOKENS[9..], 9, &pages([0, 1, 6]), GREEDY);
+    assert_eq!(model.step(&batch).unwrap().token_ids, [Some(expected)]);
     assert_eq!(model.num_faults(), 0);
 }
 

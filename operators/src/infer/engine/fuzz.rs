@@ -2,18 +2,23 @@
 //! the token budget, the page size, the size or state of the cache, the order of arrival, or steps that failed.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tidemill_kernels::models::FakeModel;
 use tidemill_kernels::step::SamplingParams;
 
 use super::super::page_pool::fuzz::Random;
-use super::super::sequence::{FinishReason, SequenceId};
+use super::super::scheduler::tests::learn_short;
+use super::super::sequence::{FinishReason, SequenceId, SharedPrefix};
 use super::tests::{VOCAB_SIZE, fake_model, naive_answer};
 use super::*;
 
 /// Fails one step in eight, before or after it wrote to the cache.
 struct FlakyModel {
+    num_copies: Arc<AtomicU64>,
     model: FakeModel,
+    copies_pages: bool,
     random: Random,
 }
 
@@ -23,12 +28,17 @@ impl Model for FlakyModel {
     }
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
+        self.num_copies.fetch_add(batch.copies.len() as u64, Ordering::Relaxed);
         let fail = || Err(StepError { message: "planned".to_owned() });
         if self.random.one_in(16) {
             return fail();
         }
         let output = self.model.step(batch)?;
         if self.random.one_in(16) { fail() } else { Ok(output) }
+    }
+
+    fn copies_pages(&self) -> bool {
+        self.copies_pages
     }
 }
 
@@ -50,18 +60,27 @@ fn workload(random: &mut Random) -> Vec<SequenceRequest> {
         let temperature = random.below(2) as f32;
         let sampling = SamplingParams { temperature, seed: random.below(3) as u64, ..SamplingParams::GREEDY };
         let max_tokens = random.between(1, max_max_tokens) as u32;
-        requests.push(SequenceRequest {
-            id: SequenceId(id as u64),
-            token_ids: token_ids.into(),
-            max_tokens,
-            sampling,
-        });
+        let request = SequenceRequest::new(SequenceId(id as u64), token_ids.into(), max_tokens, sampling);
+        requests.push(SequenceRequest { shared: hints(random, len), ..request });
     }
     requests
 }
 
+/// What is said of later prompts, true or not: no answer may depend on it.
+fn hints(random: &mut Random, prompt_len: usize) -> Arc<[SharedPrefix]> {
+    let (mut len, mut num_later) = (0, random.below(6) as u32);
+    let mut shared = Vec::new();
+    while num_later > 0 && len < prompt_len as u32 {
+        len += 1 + random.below(prompt_len) as u32;
+        shared.push(SharedPrefix { len, num_later });
+        num_later -= 1 + random.below(num_later as usize) as u32;
+    }
+    shared.into()
+}
+
 /// An engine in which each of the sequences fits alone; often not more than that.
-fn random_engine(random: &mut Random, requests: &[SequenceRequest]) -> Engine {
+fn random_engine(random: &mut Random, requests: &[SequenceRequest], num_copies: &Arc<AtomicU64>) -> Engine {
+    let num_copies = Arc::clone(num_copies);
     let page_size = *random.pick(&[1, 2, 4, 16, 64]);
     let longest = requests.iter().map(|request| request.token_ids.len() + request.max_tokens as usize).max();
     let least_pages = longest.expect("there are requests").div_ceil(page_size);
@@ -73,7 +92,13 @@ fn random_engine(random: &mut Random, requests: &[SequenceRequest]) -> Engine {
     };
     println!("{config:?}, {num_pages} pages of {page_size}");
     let model = fake_model(num_pages as u32, page_size as u32);
-    Engine::new(Box::new(FlakyModel { model, random: Random::new(random.next()) }), config)
+    let (copies_pages, flaky) = (!random.one_in(3), Random::new(random.next()));
+    let mut engine =
+        Engine::new(Box::new(FlakyModel { num_copies, model, copies_pages, random: flaky }), config);
+    if random.one_in(2) {
+        learn_short(&mut engine.scheduler);
+    }
+    engine
 }
 
 /// Submits in random order, some of it mid-flight, and steps until all is done.
@@ -116,6 +141,7 @@ fn check_stats_at_the_end(engine: &Engine, finished: &[Finished]) {
 
 #[test]
 fn answers_depend_on_the_prompt_only() {
+    let num_copies = Arc::new(AtomicU64::new(0));
     let (mut preemptions, mut reused_tokens, mut stops) = (0, 0, 0);
     for seed in 0..150 {
         let mut random = Random::new(seed);
@@ -123,7 +149,7 @@ fn answers_depend_on_the_prompt_only() {
         let naive: Answers = requests.iter().map(|request| (request.id, naive_answer(request))).collect();
         // The second round finds what the first has left in the cache.
         for _ in 0..4 {
-            let mut engine = random_engine(&mut random, &requests);
+            let mut engine = random_engine(&mut random, &requests, &num_copies);
             let mut finished = Vec::new();
             for _ in 0..2 {
                 let round = run(&mut random, &mut engine, &requests);
@@ -142,5 +168,6 @@ fn answers_depend_on_the_prompt_only() {
     println!("{preemptions} preemptions, {reused_tokens} tokens reused, {stops} stops");
     assert!(preemptions > 100, "too few preemptions to show anything");
     assert!(reused_tokens > 1000, "too little reuse to show anything");
+    assert!(num_copies.load(Ordering::Relaxed) > 1000, "too few copies to show anything");
     assert!(stops > 100, "too few stops to show anything");
 }

@@ -3,7 +3,8 @@ use std::collections::VecDeque;
 use tidemill_kernels::models::{FakeConfig, FakeModel};
 use tidemill_kernels::step::{PageId, SamplingParams};
 
-use super::super::sequence::{FinishReason, SequenceId};
+use super::super::scheduler::tests::learn_short;
+use super::super::sequence::{FinishReason, SequenceId, SharedPrefix};
 use super::*;
 
 pub(super) const VOCAB_SIZE: u32 = 24;
@@ -31,6 +32,10 @@ impl Model for ScriptedModel {
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
         self.outcomes.pop_front().unwrap_or_else(|| self.model.step(batch))
+    }
+
+    fn copies_pages(&self) -> bool {
+        true
     }
 }
 
@@ -63,12 +68,7 @@ pub(super) fn naive_answer(request: &SequenceRequest) -> (Vec<u32>, FinishReason
 }
 
 pub(super) fn request(id: u64, token_ids: &[u32], max_tokens: u32) -> SequenceRequest {
-    SequenceRequest {
-        id: SequenceId(id),
-        token_ids: token_ids.into(),
-        max_tokens,
-        sampling: SamplingParams::GREEDY,
-    }
+    SequenceRequest::new(SequenceId(id), token_ids.into(), max_tokens, SamplingParams::GREEDY)
 }
 
 fn engine(num_pages: u32, outcomes: impl IntoIterator<Item = Result<StepOutput, StepError>>) -> Engine {
@@ -125,15 +125,38 @@ fn a_step_without_work_does_nothing() {
 #[test]
 fn siblings_compute_their_prefix_once() {
     let mut engine = engine(64, []);
-    let prefix = [7; 12];
+    // It ends within a page.
+    let prefix = [7; 14];
     let requests: Vec<_> =
         (0..8).map(|id| request(u64::from(id), &[&prefix[..], &[id + 1, 5]].concat(), 3)).collect();
     requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
     check_answers(&run(&mut engine), &requests);
     let stats = engine.stats();
-    assert_eq!(stats.prompt_tokens, 8 * 14);
-    assert_eq!(stats.computed_tokens, 12 + 8 * 2, "each token of the prefix tree once");
-    assert_eq!(stats.reused_tokens, 7 * 12);
+    assert_eq!(stats.prompt_tokens, 8 * 16);
+    assert_eq!(stats.computed_tokens, 14 + 8 * 2, "each token of the prefix tree once");
+    assert_eq!(stats.reused_tokens, 7 * 14);
+}
+
+#[test]
+fn what_a_later_prompt_needs_outlives_what_none_needs() {
+    let tokens = |token: u32, own: u32, len: usize| [vec![token; len], vec![own]].concat();
+    for (num_later, reused_tokens) in [(0, 4), (1, 8)] {
+        // Eight pages: the third prompt needs one that is in the cache, and the first prompt's are the oldest.
+        let mut engine = engine(8, []);
+        let first = request(0, &tokens(7, 1, 8), 1);
+        let shared = [SharedPrefix { len: 8, num_later }].into_iter().filter(|prefix| prefix.num_later > 0);
+        let first = SequenceRequest { shared: shared.collect(), ..first };
+        let others = [
+            request(1, &tokens(8, 1, 12), 1),
+            request(2, &tokens(9, 1, 12), 1),
+            request(3, &tokens(7, 2, 8), 1),
+        ];
+        for request in [&first].into_iter().chain(&others) {
+            engine.submit(request.clone()).unwrap();
+            check_answers(&run(&mut engine), std::slice::from_ref(request));
+        }
+        assert_eq!(engine.stats().reused_tokens, reused_tokens, "needed by {num_later}");
+    }
 }
 
 #[test]
@@ -144,7 +167,7 @@ fn the_last_prompt_token_is_computed_even_if_all_are_cached() {
         engine.submit(request.clone()).unwrap();
         check_answers(&run(&mut engine), std::slice::from_ref(request));
     }
-    assert_eq!((engine.stats().computed_tokens, engine.stats().reused_tokens), (8 + 4, 4));
+    assert_eq!((engine.stats().computed_tokens, engine.stats().reused_tokens), (8 + 1, 7));
 }
 
 #[test]
@@ -152,6 +175,7 @@ fn preempted_sequences_are_recomputed() {
     for enable_prefix_cache in [false, true] {
         let config = EngineConfig { max_num_seqs: 3, max_num_batched_tokens: 8, enable_prefix_cache };
         let mut engine = Engine::new(Box::new(fake_model(8, 2)), config);
+        learn_short(&mut engine.scheduler);
         // Prompts whose answers do not end early.
         let requests = [5, 9, 11].map(|id| request(id, &[id as u32, 2], 12));
         requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());

@@ -5,16 +5,16 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// SplitMix64: enough randomness for tests, and the same on every machine.
-pub(in crate::infer) struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     /// Prints the seed; the test runner shows it when the test fails.
-    pub(in crate::infer) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         println!("seed {seed}");
         Self(seed)
     }
 
-    pub(in crate::infer) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.0;
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,21 +23,21 @@ impl Random {
     }
 
     /// A number in `0..end`.
-    pub(in crate::infer) fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
     }
 
     /// A number in `first..=last`.
-    pub(in crate::infer) fn between(&mut self, first: usize, last: usize) -> usize {
+    pub(crate) fn between(&mut self, first: usize, last: usize) -> usize {
         first + self.below(last - first + 1)
     }
 
-    pub(in crate::infer) fn pick<'a, T>(&mut self, values: &'a [T]) -> &'a T {
+    pub(crate) fn pick<'a, T>(&mut self, values: &'a [T]) -> &'a T {
         &values[self.below(values.len())]
     }
 
     /// True once in `n`.
-    pub(in crate::infer) fn one_in(&mut self, n: usize) -> bool {
+    pub(crate) fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
 }

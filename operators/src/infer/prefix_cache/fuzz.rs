@@ -19,14 +19,14 @@ impl PrefixCache {
             let parent_users = node.parent.map_or(u32::MAX, |parent| self.node(parent).num_users);
             assert!(node.num_users <= parent_users, "page {page} has more users than its parent");
             let is_idle_leaf = node.num_users == 0 && node.children.is_empty();
-            assert_eq!(self.idle_leaves.contains(&(node.last_used, page)), is_idle_leaf, "page {page}");
+            assert_eq!(self.idle_leaves.contains(&node.worth(page)), is_idle_leaf, "page {page}");
         }
         assert_eq!((num_nodes, num_idle), (self.num_pages(), self.num_idle()));
     }
 }
 
-/// Every cached prefix as a whole, with its page, its users and when it last lost one.
-type Naive = BTreeMap<Vec<u32>, (PageId, u32, u64)>;
+/// Every cached prefix as a whole, with its page, its users, when it last lost one, and who needs it later.
+type Naive = BTreeMap<Vec<u32>, (PageId, u32, u64, u32)>;
 
 /// A sequence using pages: the tokens it goes through, and its page table.
 struct User {
@@ -73,6 +73,7 @@ impl Case {
             .take_while(|num_pages| self.naive.contains_key(&token_ids[..num_pages * self.page_size]))
             .count();
         assert_eq!(pages.len(), naive_len);
+        self.check_partial(&token_ids, &pages);
         let (mut num_idle, end) = (0, naive_len * self.page_size);
         for (index, &page) in pages.iter().enumerate() {
             let entry = self.naive.get_mut(&token_ids[..(index + 1) * self.page_size]).expect("looked up");
@@ -83,6 +84,32 @@ impl Case {
         assert_eq!(self.cache.num_idle_in(&pages), num_idle);
         self.cache.lock(&pages);
         self.users.push(User { token_ids: token_ids[..end].to_vec(), pages });
+    }
+
+    /// The longest beginning of a page behind the path.
+    fn check_partial(&self, token_ids: &[u32], path: &[PageId]) {
+        let (prefix, rest) = token_ids.split_at(path.len() * self.page_size);
+        let children = self
+            .naive
+            .keys()
+            .filter(|other| other.len() == prefix.len() + self.page_size && other.starts_with(prefix));
+        let longest = children.map(|other| common_len(&other[prefix.len()..], rest)).max().unwrap_or(0);
+        let found = self.cache.lookup_partial(path.last().copied(), rest);
+        assert_eq!(found.map_or(0, |(_, len)| len), longest);
+        if let Some((page, len)) = found {
+            assert_eq!(self.cache.node(page).token_ids[..len], rest[..len]);
+            assert_eq!(self.cache.node(page).parent, path.last().copied());
+        }
+    }
+
+    fn pin(&mut self, serial: u64) {
+        let index = self.random.below(self.naive.len().max(1));
+        let num_later = self.random.below(3) as u32;
+        if let Some(entry) = self.naive.values_mut().nth(index) {
+            entry.3 = num_later;
+            self.cache.set_num_later(entry.0, serial, num_later);
+            self.cache.set_num_later(entry.0, serial - 1, 7);
+        }
     }
 
     fn extend(&mut self) {
@@ -97,7 +124,7 @@ impl Case {
         let kept = self.cache.insert(parent, &new, page, &mut self.pool);
         user.token_ids.extend_from_slice(&new);
         user.pages.push(kept);
-        let entry = self.naive.entry(user.token_ids.clone()).or_insert((page, 0, 0));
+        let entry = self.naive.entry(user.token_ids.clone()).or_insert((page, 0, 0, 0));
         assert_eq!(entry.0, kept);
         entry.1 += 1;
     }
@@ -126,7 +153,7 @@ impl Case {
             .naive
             .iter()
             .filter(|(prefix, entry)| entry.1 == 0 && is_leaf(prefix))
-            .min_by_key(|(_, entry)| (entry.2, entry.0))
+            .min_by_key(|(_, entry)| (entry.3 > 0, entry.2, entry.0))
             .map(|(prefix, entry)| (prefix.clone(), entry.0));
         assert_eq!(self.cache.evict(&mut self.pool), oldest.is_some());
         let Some((prefix, page)) = oldest else { return false };
@@ -146,11 +173,12 @@ impl Case {
 fn agrees_with_a_map_of_prefixes() {
     for seed in 0..150 {
         let mut case = Case::new(seed);
-        for _ in 0..150 {
-            match case.random.below(8) {
+        for serial in 1..150 {
+            match case.random.below(9) {
                 0 | 1 => case.admit(),
                 2..=4 => case.extend(),
                 5 | 6 => case.release(),
+                7 => case.pin(serial),
                 _ => _ = case.evict(),
             }
             case.check();

@@ -8,6 +8,7 @@ use tidemill_kernels::step::SamplingParams;
 
 use super::super::page_pool::fuzz::Random;
 use super::super::sequence::{SequenceId, SequenceRequest};
+use super::tests::learn_short;
 use super::*;
 
 const EOS: u32 = 0;
@@ -37,10 +38,15 @@ impl Case {
             max_num_batched_tokens: random.between(1, 40),
             enable_prefix_cache: !random.one_in(3),
         };
+        let copies_pages = random.one_in(2);
         println!("{config:?}, {num_pages} pages of {page_size}");
+        let mut scheduler = Scheduler::new(config, num_pages as u32, page_size as u32, copies_pages);
+        if !random.one_in(4) {
+            learn_short(&mut scheduler);
+        }
         Self {
             random,
-            scheduler: Scheduler::new(config, num_pages as u32, page_size as u32),
+            scheduler,
             slots: vec![0; num_pages * page_size],
             submitted: Vec::new(),
             started: Vec::new(),
@@ -58,13 +64,10 @@ impl Case {
         }
         let prompt_len = self.random.between(1, max_len - 1);
         token_ids.resize_with(prompt_len, || self.random.between(1, 3) as u32);
-        let request = SequenceRequest {
-            id: SequenceId(self.submitted.len() as u64),
-            token_ids: token_ids.into(),
-            max_tokens: self.random.between(1, max_len - prompt_len) as u32,
-            sampling: SamplingParams::GREEDY,
-        };
-        self.scheduler.submit(Sequence::new(&request));
+        let max_tokens = self.random.between(1, max_len - prompt_len) as u32;
+        let id = SequenceId(self.submitted.len() as u64);
+        let request = SequenceRequest::new(id, token_ids.into(), max_tokens, SamplingParams::GREEDY);
+        self.scheduler.submit(&request);
         self.submitted.push(request);
     }
 
@@ -127,6 +130,11 @@ impl Case {
     }
 
     fn write(&mut self, batch: &StepBatch) {
+        let page_size = self.scheduler.page_size;
+        for copy in &batch.copies {
+            let from = copy.from.0 as usize * page_size;
+            self.slots.copy_within(from..from + copy.len as usize, copy.to.0 as usize * page_size);
+        }
         let mut written = BTreeSet::new();
         let in_step =
             self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens).filter(|pair| *pair.1 > 0);
@@ -165,6 +173,7 @@ impl Case {
         for sequence in &self.scheduler.running {
             let (shared, rest) = sequence.pages.split_at(sequence.num_shared_pages);
             shared.iter().for_each(|&page| *num_users.entry(page).or_insert(0) += 1);
+            assert!(sequence.copy.is_none(), "a copy outlives its step");
             for &page in rest {
                 assert!(own.insert(page), "page {page} belongs to two sequences");
                 assert_eq!(self.scheduler.pool.holder(page), PageHolder::Sequence);

@@ -9,14 +9,26 @@ const CONFIG: EngineConfig =
 /// Runs prompts named a, b, c, … with their `max_tokens`; one line a step: who computes how many tokens, then who waits.
 #[track_caller]
 fn check(config: EngineConfig, num_pages: u32, prompts: &[(&str, u32)], expect: &[&str]) {
-    let mut scheduler = Scheduler::new(config, num_pages, 4);
+    check_scheduler(Scheduler::new(config, num_pages, 4, true), prompts, expect);
+}
+
+/// Lets a scheduler expect short answers, so that longer ones run out of pages.
+pub(in crate::infer) fn learn_short(scheduler: &mut Scheduler) {
+    (0..200).for_each(|_| scheduler.learn(&"".into(), 1));
+}
+
+fn optimist(config: EngineConfig, num_pages: u32) -> Scheduler {
+    let mut scheduler = Scheduler::new(config, num_pages, 4, true);
+    learn_short(&mut scheduler);
+    scheduler
+}
+
+#[track_caller]
+fn check_scheduler(mut scheduler: Scheduler, prompts: &[(&str, u32)], expect: &[&str]) {
     for (id, (prompt, max_tokens)) in prompts.iter().enumerate() {
-        scheduler.submit(Sequence::new(&SequenceRequest {
-            id: SequenceId(id as u64),
-            token_ids: prompt.bytes().map(u32::from).collect(),
-            max_tokens: *max_tokens,
-            sampling: SamplingParams::GREEDY,
-        }));
+        let token_ids = prompt.bytes().map(u32::from).collect();
+        let id = SequenceId(id as u64);
+        scheduler.submit(&SequenceRequest::new(id, token_ids, *max_tokens, SamplingParams::GREEDY));
     }
     let name = |sequence: &Sequence| char::from(b'a' + sequence.id.0 as u8);
     let mut lines = Vec::new();
@@ -85,32 +97,92 @@ fn a_long_prompt_is_not_overtaken_while_pages_are_short() {
         config,
         4,
         &[("aaaaaaaa", 3), ("bbbbbbbbb", 1), ("c", 1)],
-        &["a8 | bc", "a1 | bc", "a1 | bc", "b9 | c", "c1"],
+        &["a8 | bc", "a1 | bc", "a1 | bc", "b9 c1"],
     );
 }
 
 #[test]
-fn the_newest_is_preempted_to_the_front() {
+fn room_is_kept_for_the_answers_that_are_expected() {
+    let prompts = [("aaa", 6), ("bbb", 6), ("ccc", 6)];
     check(
-        EngineConfig { max_num_batched_tokens: 16, ..CONFIG },
-        5,
-        &[("aaa", 12), ("bbb", 9), ("ccc", 2), ("d", 1)],
+        CONFIG,
+        6,
+        &prompts,
         &[
-            "a3 b3 c3 | d",
+            "a3 b3 | c",
+            "a1 b1 | c",
+            "a1 b1 | c",
+            "a1 b1 | c",
+            "a1 b1 | c",
+            "a1 b1 | c",
+            "c3",
+            "c1",
+            "c1",
+            "c1",
+            "c1",
+            "c1",
+        ],
+    );
+    check_scheduler(
+        optimist(CONFIG, 6),
+        &prompts,
+        &["a3 b3 c2", "a1 b1 c1", "a1 b1 c1", "a1 b1 c1", "a1 b1 c1", "a1 b1 c1", "c1"],
+    );
+}
+
+#[test]
+fn the_cheapest_is_preempted_and_keeps_its_place() {
+    let config = EngineConfig { max_num_batched_tokens: 24, ..CONFIG };
+    let prompts = [("aaa", 12), ("bbb", 9), ("ccccccc", 3), ("d", 1)];
+    check_scheduler(
+        optimist(config, 5),
+        &prompts,
+        &[
+            "a3 b3 c7 | d",
             "a1 b1 c1 | d",
-            "a1 b1 | d",
-            "a1 b1 | d",
-            "a1 b1 | d",
-            "a1 b1 | d",
-            "a1 | bd",
-            "a1 | bd",
-            "a1 | bd",
-            "a1 | bd",
-            "a1 | bd",
-            "a1 | bd",
-            "b5 d1",
+            "a1 c1 | bd",
+            "a1 b5 d1",
+            "a1 b1",
+            "a1 b1",
+            "a1 b1",
+            "a1 | b",
+            "a1 | b",
+            "a1 | b",
+            "a1 | b",
+            "a1 | b",
+            "b5",
             "b1",
             "b1",
+        ],
+    );
+}
+
+#[test]
+fn who_shares_a_prefix_is_cheap_to_preempt() {
+    let config = EngineConfig { max_num_batched_tokens: 24, ..CONFIG };
+    let prompts = [("xxxxxxxxa", 8), ("yyyyyy", 8), ("xxxxxxxxb", 8)];
+    check_scheduler(
+        optimist(config, 6),
+        &prompts,
+        &[
+            "a9 b6 | c",
+            "a1 b1 c1",
+            "a1 b1 c1",
+            "a1 b1 | c",
+            "a1 | bc",
+            "a1 | bc",
+            "a1 | bc",
+            "a1 | bc",
+            "b2 | c",
+            "b1 | c",
+            "b1 | c",
+            "b1 | c",
+            "c3",
+            "c1",
+            "c1",
+            "c1",
+            "c1",
+            "c1",
         ],
     );
 }

@@ -1,0 +1,149 @@
+//! Which waiting sequence may run: what of its prompt is there already, what is on its way, and whether it fits.
+//!
+//! A prompt takes over the longest cached prefix: whole pages by reference, and the beginning of one more page by
+//! copy, from the prefix cache or from the page that a running sequence is filling. If a running sequence will soon
+//! have computed clearly more of it, the prompt waits for that instead of computing it twice.
+
+use tidemill_kernels::step::PageId;
+
+use super::super::forecast::{Footprint, peak_pages};
+use super::super::sequence::{CopySource, Sequence};
+use super::Scheduler;
+use crate::group::tree::common_len;
+
+/// A prompt waits for no fewer tokens than this: it would lose a step for nothing.
+const MIN_AWAITED: usize = 4;
+
+/// What became of a waiting sequence.
+pub(super) enum Admission {
+    Admitted,
+    /// A running sequence computes what it needs.
+    AwaitsSibling,
+    OutOfPages,
+}
+
+/// The part of a prompt that need not be computed.
+struct Reuse {
+    path: Vec<PageId>,
+    copy: Option<CopySource>,
+    /// A running sequence is about to have clearly more.
+    more_is_coming: bool,
+}
+
+impl Scheduler {
+    /// Moves a waiting sequence to the running ones, with pages for all its tokens.
+    pub(super) fn admit(&mut self, index: usize) -> Admission {
+        let sequence = &self.waiting[index];
+        let mut reuse = self.reuse(sequence);
+        if reuse.more_is_coming {
+            return Admission::AwaitsSibling;
+        }
+        let num_new = sequence.known_len().div_ceil(self.page_size) - reuse.path.len();
+        let num_idle = self.cache.num_idle_in(&reuse.path);
+        let num_available = self.num_available_pages() - num_idle;
+        if num_available < num_new || !self.will_fit(sequence, num_new, num_idle) {
+            assert!(!self.running.is_empty(), "a sequence that fits the cache alone is not admitted");
+            return Admission::OutOfPages;
+        }
+        // A source that nobody uses is locked, so it must not be among the pages that are needed.
+        let is_idle = |copy: &CopySource| copy.is_cached && self.cache.num_users(copy.page) == 0;
+        reuse.copy = reuse.copy.filter(|copy| num_available > num_new || !is_idle(copy));
+        let sequence = self.waiting.remove(index).expect("the index is below the length");
+        self.start(sequence, &reuse, num_new);
+        Admission::Admitted
+    }
+
+    fn start(&mut self, mut sequence: Sequence, reuse: &Reuse, num_new: usize) {
+        assert_eq!(sequence.computed_len, 0);
+        self.cache.lock(&reuse.path);
+        let num_pages = reuse.path.len();
+        let later =
+            reuse.path.iter().copied().chain(reuse.copy.filter(|copy| copy.is_cached).map(|copy| copy.page));
+        for (index, page) in later.enumerate() {
+            self.cache.set_num_later(page, sequence.serial, self.num_later(&sequence, index));
+        }
+        let mut end = num_pages * self.page_size;
+        if let Some(copy) = reuse.copy {
+            if copy.is_cached {
+                self.cache.lock_page(copy.page);
+            }
+            end += copy.len;
+            sequence.copied_end = end;
+        }
+        sequence.copy = reuse.copy;
+        let num_reused = sequence.num_prompt_tokens(sequence.seen_len, end);
+        sequence.num_reused += num_reused as u32;
+        self.counters.reused_tokens += num_reused as u64;
+        sequence.num_shared_pages = num_pages;
+        sequence.computed_len = end;
+        sequence.seen_len = sequence.seen_len.max(end);
+        sequence.pages.extend_from_slice(&reuse.path);
+        for _ in 0..num_new {
+            let page = self.take_page().expect("as many pages are available");
+            sequence.pages.push(page);
+        }
+        self.running.push(sequence);
+    }
+
+    fn reuse(&self, sequence: &Sequence) -> Reuse {
+        if !self.config.enable_prefix_cache {
+            return Reuse { path: Vec::new(), copy: None, more_is_coming: false };
+        }
+        // The last token is always computed: its logits choose the next one.
+        let token_ids = &sequence.token_ids[..sequence.known_len() - 1];
+        let path = self.cache.lookup(token_ids);
+        let rest = &token_ids[path.len() * self.page_size..];
+        let cached = self.cache.lookup_partial(path.last().copied(), rest);
+        let mut copy = cached.map(|(page, len)| CopySource { page, len, is_cached: true });
+        let mut coming_len = 0;
+        for sibling in &self.running {
+            let (num_pages, first) = (path.len(), path.len() * self.page_size);
+            if sibling.num_shared_pages < num_pages || sibling.pages[..num_pages].last() != path.last() {
+                continue;
+            }
+            let shared_len = common_len(&sibling.token_ids[first.min(sibling.known_len())..], rest);
+            if sibling.computed_len < first + shared_len {
+                coming_len = coming_len.max(shared_len);
+            }
+            // Computed tokens of the page that it fills; those that it copies are in the source.
+            let filled_len = sibling.computed_len.saturating_sub(first).min(shared_len);
+            let is_filling = sibling.num_shared_pages == num_pages && sibling.copy.is_none();
+            if is_filling && filled_len > copy.map_or(0, |copy| copy.len) {
+                copy = Some(CopySource { page: sibling.pages[num_pages], len: filled_len, is_cached: false });
+            }
+        }
+        if !self.copies_pages {
+            copy = None;
+            coming_len -= coming_len % self.page_size;
+        }
+        // Without copies a page is waited for as soon as it comes whole.
+        let more_is_coming = coming_len >= copy.map_or(0, |copy| copy.len) + MIN_AWAITED.min(self.page_size);
+        Reuse { path, copy, more_is_coming }
+    }
+
+    /// Whether the cache will hold all running sequences and this one until they end, as far as one can tell. It
+    /// needs `num_new` pages now, and `num_idle` that are cached but in no other use.
+    fn will_fit(&self, sequence: &Sequence, num_new: usize, num_idle: usize) -> bool {
+        if self.running.is_empty() {
+            return true;
+        }
+        let num_in_use = self.num_pages() - self.num_available_pages();
+        let mut footprints: Vec<Footprint> = self
+            .running
+            .iter()
+            .map(|one| self.footprint(one, one.pages.len(), self.num_own_pages(one)))
+            .collect();
+        let num_own: usize = footprints.iter().map(|footprint| footprint.num_own_pages).sum();
+        let num_pages = sequence.known_len().div_ceil(self.page_size);
+        footprints.push(self.footprint(sequence, num_pages, num_new + num_idle));
+        peak_pages(num_in_use - num_own, &footprints, self.page_size) <= self.num_pages()
+    }
+
+    fn footprint(&self, sequence: &Sequence, num_pages: usize, num_own_pages: usize) -> Footprint {
+        let (len, max_tokens) = (sequence.answer_len(), sequence.max_tokens);
+        let expected =
+            self.answer_lengths.get(&sequence.step).map(|lengths| lengths.remaining(len, max_tokens));
+        let remaining = expected.unwrap_or(max_tokens - len);
+        Footprint { num_pages, num_own_pages, known_len: sequence.known_len(), remaining }
+    }
+}
