@@ -6,7 +6,7 @@ PYTHON := target/venv/bin/python
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build models data demo test
+.PHONY: help setup build models data demo bench peers test
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -32,6 +32,19 @@ demo: build ## set up, fetch the model, build, summarize the news of the example
 	@target/release/tidemill run $(DEMO)/pipeline.yaml
 	@if sh scripts/venv.sh; then $(PYTHON) scripts/show_summaries.py $(DEMO)/out/summaries; \
 	else echo "demo: the summaries are Parquet files in $(DEMO)/out/summaries"; fi
+
+bench: build ## measure the engine and the offline job beside the machine's own peak
+	@target/release/tidemill models pull $(MODEL)
+	@python3 scripts/offline_job.py
+	@mkdir -p out
+	@target/release/tidemill bench engine --json out/bench-engine.json
+	@target/release/tidemill bench offline --json out/bench-offline.json
+
+peers: build ## run Tidemill beside other engines that are installed (scripts/peers/README.md)
+	@target/release/tidemill models pull $(MODEL)
+	@python3 scripts/offline_job.py
+	@mkdir -p out
+	@python3 scripts/peers/compare.py --json out/peers.json
 
 test: setup models ## set up and run every check and test that needs no GPU
 	@echo "test: format"
