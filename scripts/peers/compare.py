@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -42,7 +43,7 @@ class Peer:
     """An engine of the llama.cpp family: one program for prefill, one for decode, a server for jobs."""
 
     def __init__(self, name, folder, model, bench, server, num_servers, num_slots):
-        self.name, self.folder, self.model = name, pathlib.Path(folder), model
+        self.name, self.folder, self.model = name, pathlib.Path(folder).resolve(), model
         self.bench_flags, self.server_flags = bench, server
         self.num_servers, self.num_slots = num_servers, num_slots
 
@@ -50,25 +51,27 @@ class Peer:
         found = {}
         lens = [128, 512] if quick else [128, 512, 2048]
         flags = ["-p", ",".join(map(str, lens)), "-n", "0", "-r", "1", "-t", str(num_cores()), "-o", "json"]
-        for row in json.loads(self.call("llama-bench", flags + self.bench_flags["prefill"])):
+        for row in json.loads(self.call("llama-bench", flags + self.bench_flags["prefill"]).stdout):
             found[f"prefill {row['n_prompt']}"] = row["avg_ts"]
         for kind, batches, more in [("shared", [1, 8, 32, 64], ["-pps"]), ("distinct", [8, 16], [])]:
             batches = batches[:2] if quick else batches
             flags = ["-npp", str(PREFIX_LEN), "-ntg", str(DECODE_LEN), "-npl", ",".join(map(str, batches)),
                      "-c", str(max(batches) * (PREFIX_LEN + 2 * DECODE_LEN)), "-b", "2048", "-ub", "512", "-t", str(num_cores())]
-            for row in re.findall(r"^\|(.*)\|$", self.call("llama-batched-bench", flags + more + self.bench_flags["decode"]),
-                                  re.MULTILINE):
+            done = self.call("llama-batched-bench", flags + more + self.bench_flags["decode"])
+            # One of the peers prints its table to standard error.
+            for row in re.findall(r"^\|(.*)\|$", done.stdout + done.stderr, re.MULTILINE):
                 cells = [cell.strip() for cell in row.split("|")]
                 if cells[0].isdigit():
                     found[f"decode, {kind} {PREFIX_LEN}, batch {cells[2]}"] = float(cells[7])
         return found
 
     def call(self, program, flags):
-        done = subprocess.run([self.folder / program, "-m", self.model, *flags], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True)
+        # Some programs leave a log in the folder they run in.
+        done = subprocess.run([self.folder / program, "-m", self.model, *flags], cwd=FOLDER, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if done.returncode != 0:
             sys.exit(f"{self.name}: {program} failed with {done.returncode}\n{done.stderr[-2000:]}")
-        return done.stdout
+        return done
 
     @contextlib.contextmanager
     def servers(self):
@@ -79,7 +82,8 @@ class Peer:
                 pin = ["taskset", "-c", str(cores()[index])] if self.num_servers > 1 else []
                 command = [*pin, self.folder / "llama-server", "-m", self.model, "--port", str(port),
                            "--cache-ram", "0", *self.server_flags]
-                running[port] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                running[port] = subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.DEVNULL,
+                                                 stderr=subprocess.DEVNULL)
             for port, server in running.items():
                 answer = first_answer(server, port, self.name)
                 if "Paris" not in answer:
@@ -264,6 +268,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer shapes, eight requests: shows that all works")
     args = parser.parse_args()
     parts = args.only or PARTS
+    # An end from outside must not leave servers behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     if not TIDEMILL.exists():
         sys.exit(f"no program {TIDEMILL}; run: make build")
     requests = []
