@@ -89,7 +89,7 @@ struct Scratch {
     sums: Vec<f32>,
     /// Highest score so far, `[head_rows]`
     max: Vec<f32>,
-    /// Sum of weights so far, `[head_rows]`
+    /// Sums of weights so far, one a lane: `[head_rows, LANES]`
     total: Vec<f32>,
     /// One head.
     query: Vec<f32>,
@@ -110,7 +110,7 @@ impl Scratch {
         grow(&mut self.rescales, head_rows);
         grow(&mut self.sums, head_rows * head_dim);
         grow(&mut self.max, head_rows);
-        grow(&mut self.total, head_rows);
+        grow(&mut self.total, head_rows * LANES);
         grow(&mut self.query, head_dim);
     }
 }
@@ -144,7 +144,7 @@ impl Kernel for Attend<'_> {
             self.walk::<V>(tiles.as_ref(), first..end, self.cohort.num_shared_tiles..num_tiles);
             first = end;
         }
-        self.finish();
+        self.finish::<V>();
     }
 }
 
@@ -185,7 +185,7 @@ impl Attend<'_> {
         }
         self.scratch.sums[..head_rows * head_dim].fill(0.0);
         self.scratch.max[..head_rows].fill(f32::NEG_INFINITY);
-        self.scratch.total[..head_rows].fill(0.0);
+        self.scratch.total[..head_rows * LANES].fill(0.0);
     }
 
     /// Some rows over some tiles of the first one's pages.
@@ -275,7 +275,6 @@ impl Attend<'_> {
             let scale = V::splat(query_scales[head_row]);
             // Loops instead of closures: a closure may be compiled apart, without the instruction set.
             let mut vectors = [V::splat(0.0); TILE_VECTORS];
-            let mut highest = V::splat(old_max);
             for n in 0..TILE_VECTORS {
                 let ints = V::add_ints(V::load_ints(ints[n * LANES..].as_ptr()), offset);
                 let scale = scale.mul(V::load(tile.key_scales[n * LANES..].as_ptr()));
@@ -284,10 +283,8 @@ impl Attend<'_> {
             if is_partial {
                 mask(&mut vectors, &valid, f32::NEG_INFINITY);
             }
-            for vector in vectors {
-                highest = highest.max(vector);
-            }
-            let new_max = reduce_max(highest);
+            let tile_max = reduce_max(vectors[0].max(vectors[1]).max(vectors[2].max(vectors[3])));
+            let new_max = if tile_max > old_max { tile_max } else { old_max };
             let minus_max = V::splat(-new_max);
             for vector in &mut vectors {
                 *vector = exp_lanes(vector.add(minus_max));
@@ -295,28 +292,26 @@ impl Attend<'_> {
             if is_partial {
                 mask(&mut vectors, &valid, 0.0);
             }
+            // A bound of the largest product instead of the product: it costs one number, not a reduction.
+            let bound = first(exp_lanes(V::splat(tile_max - new_max))) * tile.value_bounds[valid.end - 1];
+            let inverse = V::splat(if bound > 0.0 { MAX_BYTE / bound } else { 0.0 });
             let mut sum = V::splat(0.0);
             for n in 0..TILE_VECTORS {
                 sum = sum.add(vectors[n]);
-                vectors[n] = vectors[n].mul(V::load(tile.value_scales[n * LANES..].as_ptr()));
+                vectors[n] = vectors[n].mul(V::load(tile.value_scales[n * LANES..].as_ptr()).mul(inverse));
             }
             if is_partial {
                 // Again, as a slot that was never written may have any scale.
                 mask(&mut vectors, &valid, 0.0);
             }
-            let mut largest = vectors[0];
-            for vector in &vectors[1..] {
-                largest = largest.max(*vector);
-            }
-            let largest = reduce_max(largest);
-            let inverse = V::splat(if largest > 0.0 { MAX_BYTE / largest } else { 0.0 });
             for n in 0..TILE_VECTORS {
-                vectors[n].mul(inverse).round_to_bytes(bytes[n * LANES..].as_mut_ptr());
+                vectors[n].round_to_bytes(bytes[n * LANES..].as_mut_ptr());
             }
-            let rescale = first(exp_lanes(V::splat(old_max).add(minus_max)));
-            weight_scales[at] = largest / MAX_BYTE;
+            let rescale = if new_max == old_max { 1.0 } else { first(exp_lanes(V::splat(old_max - new_max))) };
+            weight_scales[at] = bound / MAX_BYTE;
             rescales[at] = rescale;
-            total[head_row] = total[head_row].mul_add(rescale, reduce_sum(sum));
+            let total = total[head_row * LANES..][..LANES].as_mut_ptr();
+            sum.fma(V::load(total), V::splat(rescale)).store(total);
             max[head_row] = new_max;
         }
     }
@@ -358,7 +353,7 @@ impl Attend<'_> {
     }
 
     #[inline(always)]
-    fn finish(&mut self) {
+    fn finish<V: Lanes>(&mut self) {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
         for (i, row) in self.cohort.rows.iter().enumerate() {
             let to = row.row as usize * self.shape.q_len() + self.kv_head * group_len * head_dim;
@@ -367,8 +362,10 @@ impl Attend<'_> {
             let to = unsafe { std::slice::from_raw_parts_mut(to, group_len * head_dim) };
             let from = &self.scratch.sums[i * group_len * head_dim..][..group_len * head_dim];
             let heads = to.chunks_exact_mut(head_dim).zip(from.chunks_exact(head_dim));
-            for ((to, from), total) in heads.zip(&self.scratch.total[i * group_len..]) {
-                let inverse = 1.0 / total;
+            let totals = self.scratch.total[i * group_len * LANES..].chunks_exact(LANES);
+            for ((to, from), total) in heads.zip(totals) {
+                // SAFETY: a total is a whole vector, and this is compiled for `V`.
+                let inverse = 1.0 / unsafe { reduce_sum(V::load(total.as_ptr())) };
                 for (to, from) in to.iter_mut().zip(from) {
                     *to = from * inverse;
                 }

@@ -85,21 +85,30 @@ fn rotate_short(scale: f32, block: &mut [f32]) {
     }
 }
 
-/// First within vectors, then between them.
+/// First within vectors, then between them; four at a time as long as there are.
 #[inline(always)]
 fn rotate_vectors<V: Lanes>(scale: f32, vectors: &mut [[f32; LANES]]) {
-    for vector in &mut *vectors {
-        // SAFETY: the pointers are those of a whole vector.
-        unsafe {
-            let mut lanes = V::load(vector.as_ptr());
-            lanes = butterfly::<V, 1>(lanes);
-            lanes = butterfly::<V, 2>(lanes);
-            lanes = butterfly::<V, 4>(lanes);
-            lanes = butterfly::<V, 8>(lanes);
-            lanes.mul(V::splat(scale)).store(vector.as_mut_ptr());
+    let (fours, rest) = vectors.as_chunks_mut::<4>();
+    // SAFETY: callers are compiled for `V`, and the pointers are those of a whole vector.
+    unsafe {
+        let scale = V::splat(scale);
+        for four in &mut *fours {
+            let [a, b, c, d] = four;
+            let (x, y) = (rotate_lanes(scale, a), rotate_lanes(scale, b));
+            let (z, w) = (rotate_lanes(scale, c), rotate_lanes(scale, d));
+            let minus = V::splat(-1.0);
+            let (x, y) = (x.add(y), x.fma(y, minus));
+            let (z, w) = (z.add(w), z.fma(w, minus));
+            x.add(z).store(a.as_mut_ptr());
+            y.add(w).store(b.as_mut_ptr());
+            x.fma(z, minus).store(c.as_mut_ptr());
+            y.fma(w, minus).store(d.as_mut_ptr());
+        }
+        for vector in &mut *rest {
+            rotate_lanes(scale, vector).store(vector.as_mut_ptr());
         }
     }
-    let mut half = 1;
+    let mut half = if rest.is_empty() { 4 } else { 1 };
     while half < vectors.len() {
         for pair in vectors.chunks_exact_mut(2 * half) {
             let (a, b) = pair.split_at_mut(half);
@@ -110,6 +119,21 @@ fn rotate_vectors<V: Lanes>(scale: f32, vectors: &mut [[f32; LANES]]) {
             }
         }
         half *= 2;
+    }
+}
+
+/// # Safety
+/// To be called below [`Isa::run`](super::Isa::run) with the vectors of that instruction set.
+#[inline(always)]
+unsafe fn rotate_lanes<V: Lanes>(scale: V, vector: &[f32; LANES]) -> V {
+    // SAFETY: by the contract; the pointer is that of a whole vector.
+    unsafe {
+        let mut lanes = V::load(vector.as_ptr());
+        lanes = butterfly::<V, 1>(lanes);
+        lanes = butterfly::<V, 2>(lanes);
+        lanes = butterfly::<V, 4>(lanes);
+        lanes = butterfly::<V, 8>(lanes);
+        lanes.mul(scale)
     }
 }
 

@@ -16,6 +16,8 @@ pub(super) struct Tile<'a> {
     pub(super) values: &'a [u8],
     pub(super) key_scales: &'a [f32; TILE_LEN],
     pub(super) value_scales: &'a [f32; TILE_LEN],
+    /// The largest of the scales of values up to each position.
+    pub(super) value_bounds: [f32; TILE_LEN],
 }
 
 /// Room for a tile.
@@ -54,11 +56,13 @@ impl<'a> Tile<'a> {
         if page_size >= TILE_LEN {
             let slots = slot(first)..slot(first) + TILE_LEN;
             let bytes = slots.start * head_dim..slots.end * head_dim;
+            let value_scales = cache.value_scales[slots.clone()].try_into().expect("cut to a tile");
             return Self {
                 keys: &cache.keys.bytes()[bytes.clone()],
                 values: &cache.values.bytes()[bytes],
-                key_scales: cache.key_scales[slots.clone()].try_into().expect("cut to a tile"),
-                value_scales: cache.value_scales[slots].try_into().expect("cut to a tile"),
+                key_scales: cache.key_scales[slots].try_into().expect("cut to a tile"),
+                value_scales,
+                value_bounds: running_max(value_scales),
             };
         }
         if copy.keys.bytes().len() != TILE_LEN * head_dim {
@@ -80,6 +84,17 @@ impl<'a> Tile<'a> {
             values: copy.values.bytes(),
             key_scales: &copy.key_scales,
             value_scales: &copy.value_scales,
+            value_bounds: running_max(&copy.value_scales),
         }
     }
+}
+
+/// The largest number up to each one; a NaN, which no position before it sees, stands for all behind it.
+#[inline(always)]
+fn running_max(values: &[f32; TILE_LEN]) -> [f32; TILE_LEN] {
+    let mut max = 0.0;
+    values.map(|value| {
+        max = if value > max || value.is_nan() { value } else { max };
+        max
+    })
 }
