@@ -28,7 +28,7 @@ pub use self::fake::{FakeConfig, FakeModel};
 pub use self::families::Family;
 pub use self::rope::{RopeConfig, RopeScaling};
 pub use self::transformer::{KvConfig, Transformer};
-pub use self::weights::{ModelWeights, NumericPath};
+pub use self::weights::{ModelWeights, NumericPath, PackedFile};
 
 /// Part of every model digest: to be raised when answers change for the same weights.
 pub const ENGINE_VERSION: u32 = 1;

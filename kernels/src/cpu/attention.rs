@@ -307,7 +307,8 @@ impl Attend<'_> {
             for n in 0..TILE_VECTORS {
                 vectors[n].round_to_bytes(bytes[n * LANES..].as_mut_ptr());
             }
-            let rescale = if new_max == old_max { 1.0 } else { first(exp_lanes(V::splat(old_max - new_max))) };
+            let rescale =
+                if new_max == old_max { 1.0 } else { first(exp_lanes(V::splat(old_max - new_max))) };
             weight_scales[at] = bound / MAX_BYTE;
             rescales[at] = rescale;
             let total = total[head_row * LANES..][..LANES].as_mut_ptr();

@@ -216,7 +216,7 @@ pub(super) struct AlignedBytes {
 
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Line([u8; ALIGNMENT]);
+struct Line(#[expect(dead_code, reason = "read as bytes only")] [u8; ALIGNMENT]);
 
 impl AlignedBytes {
     pub(super) fn zeroed(len: usize) -> Self {

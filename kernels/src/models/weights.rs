@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::backend::{Backend, RopeTable};
@@ -88,8 +89,25 @@ pub(crate) struct Experts<B: Backend> {
     pub(crate) experts: Vec<Dense<B>>,
 }
 
+/// Where the fast path keeps packed weights, so that the next start maps them.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedFile<'a> {
+    pub path: &'a Path,
+    /// Names the weights, as their digest does: a file of other ones is replaced.
+    pub identity: &'a str,
+}
+
 impl ModelWeights {
     pub fn load(checkpoint: &Checkpoint, path: NumericPath) -> Result<Arc<Self>, ModelError> {
+        Self::load_packed(checkpoint, path, None)
+    }
+
+    /// Loads weights, packed ones from the file if they are there.
+    pub fn load_packed(
+        checkpoint: &Checkpoint,
+        path: NumericPath,
+        packed: Option<PackedFile<'_>>,
+    ) -> Result<Arc<Self>, ModelError> {
         let config = checkpoint.config()?;
         let layers = match path {
             NumericPath::Reference => {
@@ -99,7 +117,11 @@ impl ModelWeights {
                 if !config.head_dim.is_multiple_of(LANES as u32) {
                     return Err(ModelError::HeadDim { head_dim: config.head_dim, multiple: LANES as u32 });
                 }
-                let backend = Cpu { isa: Isa::detect(), packing: Packing::in_memory() };
+                let packing = match packed {
+                    Some(file) => Packing::cached(file.path, file.identity),
+                    None => Packing::in_memory(),
+                };
+                let backend = Cpu { isa: Isa::detect(), packing };
                 tracing::debug!(isa = ?backend.isa, "loading weights for the fast path");
                 AnyLayers::Fast(Arc::new(Layers::load(checkpoint, &config, backend)?))
             }

@@ -8,7 +8,7 @@ use tidemill_kernels::models::ModelError;
 use tidemill_kernels::models::checkpoint::Checkpoint;
 use tidemill_kernels::models::fake::{FakeConfig, FakeModel};
 use tidemill_kernels::models::transformer::{KvConfig, Transformer};
-use tidemill_kernels::models::weights::{ModelWeights, NumericPath};
+use tidemill_kernels::models::weights::{ModelWeights, NumericPath, PackedFile};
 use tidemill_kernels::step::Model;
 use tidemill_operators::chat::ChatTemplate;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
@@ -17,7 +17,7 @@ use tidemill_operators::tokenizer::Tokenizer;
 use tidemill_operators::tokenizer::gguf::{TextModelError, text_of};
 
 use super::catalogue::{FAKE, ModelRef};
-use super::pull::{PullError, pull, sha256, verified};
+use super::pull::{PullError, packed_path, pull, sha256, verified};
 use crate::cores::Cores;
 use crate::plan::EnginePlan;
 use crate::plan::device::Devices;
@@ -116,7 +116,10 @@ pub fn load(
         Devices::Cpu | Devices::CpuShares(_) => NumericPath::Fast,
         Devices::Reference => NumericPath::Reference,
     };
-    let weights = ModelWeights::load(&Checkpoint::Gguf(gguf), numeric_path).map_err(model_error)?;
+    let checkpoint = Checkpoint::Gguf(gguf);
+    let packed = packed_path(&digest)?;
+    let packed = PackedFile { path: &packed, identity: &digest };
+    let weights = ModelWeights::load_packed(&checkpoint, numeric_path, Some(packed)).map_err(model_error)?;
     Ok(LoadedModel { name, weights: Weights::Real { weights, digest }, text })
 }
 

@@ -73,6 +73,11 @@ pub fn model_path(entry: &Entry) -> Result<PathBuf, PullError> {
     Ok(cache_folder()?.join(entry.name).join(entry.file))
 }
 
+/// Where the packed weights of a model are kept for the next start.
+pub fn packed_path(digest: &str) -> Result<PathBuf, PullError> {
+    Ok(cache_folder()?.join("packed").join(format!("{digest}.int8")))
+}
+
 /// The verified file of a model.
 pub fn verified(entry: &Entry) -> Result<PathBuf, PullError> {
     let path = model_path(entry)?;
