@@ -6,7 +6,6 @@
     python tests/reference/make_golden.py gemma-3-270m gemma-3-270m.Q4_K_M.gguf
 
 `NAME.json`: prompts, greedy tokens and samples of the logits, in float32, on the dequantized weights.
-`smollm2-135m-tokenizer.json`: token ids of texts that tokenizers like to get wrong.
 
 The script first checks that what transformers loaded is the GGUF, dequantized by the `gguf` package, number for
 number, so that the golden logits are those of the same weights that Tidemill reads.
@@ -72,17 +71,6 @@ PROMPTS = [
 # All texts above, there and back, in one prompt of more than a thousand tokens.
 TEXTS = [user.split("\n", 1)[-1] for _, user in PROMPTS]
 PROMPTS.append((None, "Write one sentence about each of these articles.\n\n" + "\n\n".join(TEXTS + TEXTS[::-1])))
-
-TORTURE = [
-    "", " ", "  ", "\n", "\n\n \n", "\t\tif x:\n\t\t\treturn 1\n", "Hello, world!", "hello   world  ", " leading and trailing ",
-    "1234567890", "3.14159 and 2,718,281 or 0x1F", "2024-02-29T23:59:59Z", "don't I'll we've you're it's he'd I'm",
-    "DON'T WE'VE", "für Größe, Straße und Äpfel", "L’été à Noël, ça va bien; garçon où?", "¿Dónde está el niño? ¡Mañana!",
-    "Привет, как дела? Ёлка", "你好，世界。今天天气很好！", "こんにちは世界、カタカナとひらがな", "안녕하세요 세계",
-    "مرحبا بالعالم ١٢٣", "नमस्ते दुनिया", "Γειά σου Κόσμε", "שלום עולם", "สวัสดีชาวโลก", "😀👩‍👩‍👧‍👦🇩🇪 ❤️", "e\u0301 vs é, ﬁ and Å",
-    "fn main() { println!(\"{:?}\", vec![1u8; 16]); } // done", "SELECT * FROM t WHERE a<>'b' AND c>=10;",
-    "https://example.com/a?b=c&d=%20#e", "<|im_start|>user\nhi<|im_end|>\n", "a<|im_end|>b<|endoftext|>", "<|im_start", "\u200b\ufeff\u00a0x",
-    "²½①Ⅷ५", "\r\nline\r\n", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "\x00\x01\x7f", "_snake_case CamelCase kebab-case", "....!!!???",
-]
 
 
 def load_tokenizer(path):
@@ -152,13 +140,8 @@ def main():
     path = args.gguf.resolve()
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     tokenizer = load_tokenizer(path)
-    if args.name == "smollm2-135m":
-        cases = [{"text": text, "token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in TORTURE]
-        write(HERE / "smollm2-135m-tokenizer.json", {"gguf_sha256": sha256, "texts": cases})
-
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
-    print(model.config)
     check_weights(model, gguf.GGUFReader(path))
     prompts = []
     for system, user in PROMPTS:
