@@ -5,7 +5,6 @@
     python tests/reference/make_golden.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 `smollm2-135m.json`: prompts, greedy tokens and samples of the logits, in float32, on the dequantized weights.
-`smollm2-135m-tokenizer.json`: token ids of texts that tokenizers like to get wrong.
 
 The script first checks that what transformers loaded is the GGUF, dequantized by the `gguf` package, number for
 number, so that the golden logits are those of the same weights that Tidemill reads.
@@ -52,17 +51,6 @@ PROMPTS = [
      "the order but warned that there are too few drivers for the trains that run today. A spokeswoman for the railway said that "
      "a new school for drivers opens in the autumn. The opposition called the plan late and expensive, and asked why older lines "
      "in the mountains, where buses have replaced trains for a decade, are not part of it."),
-]
-
-TORTURE = [
-    "", " ", "  ", "\n", "\n\n \n", "\t\tif x:\n\t\t\treturn 1\n", "Hello, world!", "hello   world  ", " leading and trailing ",
-    "1234567890", "3.14159 and 2,718,281 or 0x1F", "2024-02-29T23:59:59Z", "don't I'll we've you're it's he'd I'm",
-    "DON'T WE'VE", "für Größe, Straße und Äpfel", "L’été à Noël, ça va bien; garçon où?", "¿Dónde está el niño? ¡Mañana!",
-    "Привет, как дела? Ёлка", "你好，世界。今天天气很好！", "こんにちは世界、カタカナとひらがな", "안녕하세요 세계",
-    "مرحبا بالعالم ١٢٣", "नमस्ते दुनिया", "Γειά σου Κόσμε", "שלום עולם", "สวัสดีชาวโลก", "😀👩‍👩‍👧‍👦🇩🇪 ❤️", "e\u0301 vs é, ﬁ and Å",
-    "fn main() { println!(\"{:?}\", vec![1u8; 16]); } // done", "SELECT * FROM t WHERE a<>'b' AND c>=10;",
-    "https://example.com/a?b=c&d=%20#e", "<|im_start|>user\nhi<|im_end|>\n", "a<|im_end|>b<|endoftext|>", "<|im_start", "\u200b\ufeff\u00a0x",
-    "²½①Ⅷ५", "\r\nline\r\n", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "\x00\x01\x7f", "_snake_case CamelCase kebab-case", "....!!!???",
 ]
 
 
@@ -140,9 +128,6 @@ def main():
     path = parser.parse_args().gguf.resolve()
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     tokenizer = load_tokenizer(path)
-    cases = [{"text": text, "token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in TORTURE]
-    write("smollm2-135m-tokenizer.json", {"gguf_sha256": sha256, "texts": cases})
-
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
     check_weights(model, gguf.GGUFReader(path), model.config)
@@ -161,7 +146,7 @@ def main():
 def write(name, value):
     lines = json.dumps(value, ensure_ascii=True)
     # One case a line, so that a change is read as one.
-    lines = lines.replace('{"messages":', '\n{"messages":').replace('{"text":', '\n{"text":')
+    lines = lines.replace('{"messages":', '\n{"messages":')
     (HERE / name).write_text(lines + "\n")
 
 

@@ -169,6 +169,12 @@ pub fn read_parts(folder: &Path) -> Result<Vec<RecordBatch>> {
 
 /// The file of the default model; fetched by `make models`.
 pub fn default_model() -> PathBuf {
-    let entry = &tidemill::models::catalogue::CATALOGUE[0];
+    model(tidemill::models::catalogue::CATALOGUE[0].name)
+}
+
+/// The file of a model of the catalogue; fetched by `make models`.
+pub fn model(name: &str) -> PathBuf {
+    let entry = tidemill::models::catalogue::CATALOGUE.iter().find(|entry| entry.name == name);
+    let entry = entry.unwrap_or_else(|| panic!("no model {name:?}"));
     tidemill::models::pull::verified(entry).unwrap_or_else(|error| panic!("{error}; run: make models"))
 }
