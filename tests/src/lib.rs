@@ -171,7 +171,7 @@ pub fn read_parts(folder: &Path) -> Result<Vec<RecordBatch>> {
 
 /// The file of the default model.
 pub fn default_model() -> PathBuf {
-    model("smollm2-135m-instruct")
+    model(tidemill::models::catalogue::CATALOGUE[0].name)
 }
 
 /// The file of a model of the catalogue; fetched by `make models`.
