@@ -36,26 +36,21 @@ impl<'a, B: Backend> Loader<'a, B> {
         let qkv = |parts: [&'static str; 3]| {
             [(name(parts[0]), q_len), (name(parts[1]), kv_len), (name(parts[2]), kv_len)]
         };
-        let has = |part| self.architecture.has(part);
-        let (has_bias, has_head_norms) = (has("attn_q.bias"), has("attn_q_norm.weight"));
-        let (has_post_attention, has_post_feed_forward) =
-            (has("post_attention_norm.weight"), has("post_ffw_norm.weight"));
-        let mut optional_norm = |has: bool, part, len| has.then(|| self.norm(name(part), len)).transpose();
-        let q_norm = optional_norm(has_head_norms, "attn_q_norm.weight", head_dim)?;
-        let k_norm = optional_norm(has_head_norms, "attn_k_norm.weight", head_dim)?;
+        let q_norm = self.optional_norm(name("attn_q_norm.weight"), head_dim)?;
+        let k_norm = self.optional_norm(name("attn_k_norm.weight"), head_dim)?;
         Ok(Layer {
-            post_attention_norm: optional_norm(has_post_attention, "post_attention_norm.weight", hidden)?,
-            post_feed_forward_norm: optional_norm(has_post_feed_forward, "post_ffw_norm.weight", hidden)?,
-            head_norms: q_norm.zip(k_norm).map(|(q, k)| [q, k]),
             attention_norm: self.norm(name("attn_norm.weight"), hidden)?,
             qkv: self.matrix(hidden, &qkv(["attn_q.weight", "attn_k.weight", "attn_v.weight"]))?,
-            qkv_bias: match has_bias {
+            qkv_bias: match self.architecture.has("attn_q.bias") {
                 true => Some(self.bias(&qkv(["attn_q.bias", "attn_k.bias", "attn_v.bias"]))?),
                 false => None,
             },
+            head_norms: q_norm.zip(k_norm).map(|(q, k)| [q, k]),
             attention_output: self.matrix(q_len, &[(name("attn_output.weight"), hidden)])?,
+            post_attention_norm: self.optional_norm(name("post_attention_norm.weight"), hidden)?,
             feed_forward_norm: self.norm(name("ffn_norm.weight"), hidden)?,
             feed_forward: self.feed_forward(index)?,
+            post_feed_forward_norm: self.optional_norm(name("post_ffw_norm.weight"), hidden)?,
         })
     }
 
@@ -124,6 +119,11 @@ impl<'a, B: Backend> Loader<'a, B> {
             }
         }
         Ok(weights)
+    }
+
+    /// None where the family has none.
+    fn optional_norm(&mut self, name: TensorName, len: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        self.architecture.has(name.part).then(|| self.norm(name, len)).transpose()
     }
 
     fn bias(&mut self, parts: &[(TensorName, usize)]) -> Result<Vec<f32>, ModelError> {
