@@ -1,5 +1,7 @@
 # Every target works on a fresh Debian or Ubuntu machine with Rust, a C compiler and Python.
 MODEL := smollm2-135m-instruct
+# All that the tests use.
+MODELS := $(MODEL) gemma-3-270m
 DEMO := examples/news-summaries
 PYTHON := target/venv/bin/python
 # rustup puts cargo where only a login shell looks.
@@ -19,9 +21,10 @@ build: setup ## build target/release/tidemill
 	@cargo build --release --locked -p tidemill --bin tidemill
 
 # The dev binary, so that `make test` needs no release build.
-models: setup ## fetch the default model into the cache
-	@echo "models: fetching $(MODEL) if it is not there (builds the dev binary first)"
-	@cargo run --locked -p tidemill --bin tidemill -- models pull $(MODEL)
+models: setup ## fetch the models of the tests into the cache
+	@echo "models: fetching $(MODELS) if they are not there (builds the dev binary first)"
+	@cargo build --locked -p tidemill --bin tidemill
+	@for model in $(MODELS); do cargo run --locked --quiet -p tidemill --bin tidemill -- models pull $$model || exit 1; done
 
 data: setup ## fetch 300 real news articles into data/articles.parquet
 	@sh scripts/venv.sh

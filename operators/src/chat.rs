@@ -11,6 +11,8 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 /// Instructions one rendering may take. A long conversation needs some thousands.
 const MAX_FUEL: u64 = 1_000_000;
 const NAME: &str = "chat_template";
+/// For models that were not taught a conversation: they continue the text.
+const PLAIN: &str = "{{ messages | map(attribute='content') | join('\n\n') }}";
 
 /// A compiled chat template.
 #[derive(Debug)]
@@ -30,6 +32,11 @@ impl ChatTemplate {
         });
         environment.add_template_owned(NAME, source)?;
         Ok(Self { environment, bos_token, eos_token })
+    }
+
+    /// For a model that comes without a template: the text itself, which the model continues.
+    pub fn plain() -> Self {
+        Self::new(PLAIN.to_owned(), String::new(), String::new()).expect("a template of our own")
     }
 
     /// The prompt for one user message, ending where the assistant's answer begins.
@@ -78,6 +85,13 @@ mod tests {
             "<|im_start|>system\nYou edit.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         );
         assert!(chat.render(None, "Hi").unwrap().starts_with("<|im_start|>system\nBe kind.<|im_end|>"));
+    }
+
+    #[test]
+    fn without_a_template_the_text_stands_alone() {
+        let chat = ChatTemplate::plain();
+        assert_eq!(chat.render(None, "Once <b>upon").unwrap(), "Once <b>upon");
+        assert_eq!(chat.render(Some("A tale."), "Once").unwrap(), "A tale.\n\nOnce");
     }
 
     #[test]

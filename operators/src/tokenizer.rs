@@ -1,111 +1,125 @@
-//! Text to token ids and back, with the tables a model file carries.
+//! Text to token ids and back, with the tables a model file or a Hugging Face folder carries.
 //!
 //! Control tokens come from the chat template only. A document that contains the text of one (`<|im_end|>`)
 //! gets its plain pieces instead: [`Tokenizer::shield`] marks such text before the template is rendered, and
 //! [`Tokenizer::encode`] takes the mark away again. Everything else gives the ids of Hugging Face's
 //! tokenizers, which does the byte-pair encoding here.
 //!
-//! A byte symbol that the vocabulary lacks is dropped, as Hugging Face does where no unknown token is set.
+//! Added tokens are found here and not by that library, which would find them in documents too. A byte symbol that
+//! the vocabulary lacks is dropped, as Hugging Face does where no unknown token is set.
 
+mod byte_level;
 pub mod gguf;
+pub mod hugging_face;
+mod sentence_piece;
+mod shield;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
+use std::path::PathBuf;
 
-use aho_corasick::{AhoCorasick, MatchKind};
-use tokenizers::models::bpe::BPE;
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
+use aho_corasick::{AhoCorasick, BuildError, MatchKind};
+use tidemill_kernels::gguf::GgufError;
+use tokenizers::Decoder;
 
-/// Stands before the mark of a control token, and before itself. In a private plane of Unicode.
-const ESCAPE: char = '\u{F0000}';
-/// Follows [`ESCAPE`] for a literal escape; the marks of control tokens come after it.
-const LITERAL: u32 = 0xF0001;
-/// The marks must stay within the private plane.
-const MAX_CONTROL_TOKENS: usize = 4096;
+use self::byte_level::{ByteLevel, PreTokenizer};
+use self::shield::{MAX_TOKENS, Shield};
 
-/// How text is cut before byte-pair encoding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PreTokenizer {
-    /// Digits one by one, then GPT-2's pattern: SmolLM and StarCoder.
-    DigitsThenGpt2,
-    /// GPT-2's pattern.
-    Gpt2,
+/// A token that stands for its text wherever that is written, whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct AddedToken {
+    id: u32,
+    text: String,
+    kind: AddedKind,
 }
 
-/// The tables of a byte-level BPE.
-#[derive(Clone, Debug)]
-pub struct TokenizerTables {
-    pub pre_tokenizer: PreTokenizer,
-    /// By id, in the byte alphabet of GPT-2.
-    pub tokens: Vec<String>,
-    /// Pairs separated by one space, strongest first.
-    pub merges: Vec<String>,
-    /// Ids of control tokens.
-    pub control_ids: Vec<u32>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AddedKind {
+    /// Structure of a conversation: prints nothing, documents cannot write it.
+    Control,
+    /// Structure of an answer (`<think>`): prints, but documents cannot write it.
+    Markup,
+    /// Text like any other, such as a run of line breaks.
+    Text,
+}
+
+/// What the sources of tokenizers come down to.
+struct Parts {
+    /// Without added tokens.
+    core: tokenizers::Tokenizer,
+    added: Vec<AddedToken>,
+    /// The token every prompt begins with, if there is one.
+    bos: Option<u32>,
+    /// No token stands for more bytes of text.
+    max_token_bytes: usize,
 }
 
 #[derive(Debug, thiserror::Error)]
 #[error("tokenizer tables are not usable: {0}")]
 pub struct TokenizerError(String);
 
+/// Why a model has no usable text side.
+#[derive(Debug, thiserror::Error)]
+pub enum TextModelError {
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error("cannot read tokenizer file {path:?}")]
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("tokenizer file {path:?} is not readable: {what}")]
+    Invalid { path: PathBuf, what: String },
+    #[error("model file has a tokenizer of kind {0:?}, known are \"gpt2\" and \"llama\"")]
+    UnknownTokenizer(String),
+    #[error(
+        "model file has the pre-tokenizer {0:?}, known are \"smollm\", \"default\", \"gpt-2\", \"starcoder\", \
+        \"llama-bpe\" and \"qwen2\""
+    )]
+    UnknownPreTokenizer(String),
+    #[error(transparent)]
+    Tables(#[from] TokenizerError),
+    #[error("model file has special token {id} beyond its vocabulary")]
+    SpecialToken { id: u32 },
+    #[error("the model's chat template is not valid Jinja: {0}")]
+    ChatTemplate(minijinja::Error),
+}
+
 /// A loaded tokenizer; cheap to share, safe to use from many threads.
 pub struct Tokenizer {
-    bpe: tokenizers::Tokenizer,
-    /// Finds the text of control tokens, the longest first.
-    controls: AhoCorasick,
-    /// By pattern number of `controls`.
-    control_tokens: Vec<(String, u32)>,
-    max_token_bytes: usize,
+    parts: Parts,
+    /// Finds the added tokens, the longest first; pattern numbers are those of `parts.added`.
+    matcher: AhoCorasick,
+    shield: Shield,
+    /// By id, what added tokens print.
+    printed: BTreeMap<u32, String>,
 }
 
 impl Tokenizer {
-    pub fn new(tables: TokenizerTables) -> Result<Self, TokenizerError> {
-        let mut control_tokens = Vec::new();
-        for &id in &tables.control_ids {
-            let text = tables.tokens.get(id as usize);
-            let text =
-                text.ok_or_else(|| TokenizerError(format!("control token {id} is beyond the vocabulary")))?;
-            if !text.is_empty() {
-                control_tokens.push((text.clone(), id));
-            }
+    fn new(mut parts: Parts) -> Result<Self, TokenizerError> {
+        parts.added.retain(|token| !token.text.is_empty());
+        let shielded = parts.added.iter().filter(|token| token.kind != AddedKind::Text);
+        let shielded: Vec<String> = shielded.map(|token| token.text.clone()).collect();
+        if shielded.len() > MAX_TOKENS {
+            return Err(TokenizerError(format!("more than {MAX_TOKENS} control tokens")));
         }
-        if control_tokens.len() > MAX_CONTROL_TOKENS {
-            return Err(TokenizerError(format!("more than {MAX_CONTROL_TOKENS} control tokens")));
-        }
-        let mut merges = Vec::with_capacity(tables.merges.len());
-        for (rank, merge) in tables.merges.iter().enumerate() {
-            let pair =
-                merge.split_once(' ').ok_or_else(|| TokenizerError(format!("merge {rank} is not a pair")))?;
-            merges.push((pair.0.to_owned(), pair.1.to_owned()));
-        }
-        let max_token_bytes =
-            tables.tokens.iter().map(|token| token.chars().count()).max().unwrap_or(1).max(1);
-        let num_tokens = tables.tokens.len();
-        let vocabulary: Vec<(String, u32)> = tables.tokens.into_iter().zip(0..).collect();
-        let model = BPE::builder()
-            .vocab_and_merges(vocabulary.into_iter().collect::<ahash::AHashMap<_, _>>(), merges)
-            .build()
-            .map_err(|error| TokenizerError(error.to_string()))?;
-        let mut bpe = tokenizers::Tokenizer::new(model);
-        if bpe.get_vocab_size(false) != num_tokens {
-            return Err(TokenizerError("a token appears twice".to_owned()));
-        }
-        let byte_level = ByteLevel::new(false, false, true);
-        let mut stages: Vec<PreTokenizerWrapper> = Vec::new();
-        if tables.pre_tokenizer == PreTokenizer::DigitsThenGpt2 {
-            stages.push(Digits::new(true).into());
-        }
-        stages.push(byte_level.into());
-        bpe.with_pre_tokenizer(Some(Sequence::new(stages)));
-        bpe.with_decoder(Some(byte_level));
-        let controls = AhoCorasick::builder()
-            .match_kind(MatchKind::LeftmostLongest)
-            .build(control_tokens.iter().map(|(text, _)| text))
-            .map_err(|error| TokenizerError(error.to_string()))?;
-        Ok(Self { bpe, controls, control_tokens, max_token_bytes })
+        let failed = |error: BuildError| TokenizerError(error.to_string());
+        let texts: Vec<String> = parts.added.iter().map(|token| token.text.clone()).collect();
+        let printed = |token: &AddedToken| match token.kind {
+            AddedKind::Control => (token.id, String::new()),
+            AddedKind::Markup | AddedKind::Text => (token.id, token.text.clone()),
+        };
+        Ok(Self {
+            matcher: matcher(&texts).map_err(failed)?,
+            shield: Shield::new(shielded).map_err(failed)?,
+            printed: parts.added.iter().map(printed).collect(),
+            parts,
+        })
     }
 
     /// One token a byte, for the fake model.
@@ -113,155 +127,106 @@ impl Tokenizer {
         let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
         let mut tokens: Vec<String> = alphabet.into_iter().map(String::from).collect();
         tokens.sort();
-        let control_ids = (tokens.len() as u32..).take(control_tokens.len()).collect();
+        let ids = tokens.len() as u32..;
+        let added = ids.zip(control_tokens).map(|(id, &text)| AddedToken {
+            id,
+            text: text.to_owned(),
+            kind: AddedKind::Control,
+        });
+        let added = added.collect();
         tokens.extend(control_tokens.iter().map(|&token| token.to_owned()));
         let tables =
-            TokenizerTables { pre_tokenizer: PreTokenizer::Gpt2, tokens, merges: Vec::new(), control_ids };
-        Self::new(tables).expect("the byte alphabet is a vocabulary")
+            ByteLevel { pre_tokenizer: PreTokenizer::Gpt2, tokens, merges: Vec::new(), added, bos: None };
+        tables.build().expect("the byte alphabet is a vocabulary")
+    }
+
+    /// For a model of so many token ids: added tokens beyond them become plain text.
+    ///
+    /// Some folders name tokens that only a larger sibling of their model has.
+    pub fn fit(mut self, vocab_size: u32) -> Result<Self, TokenizerError> {
+        self.parts.added.retain(|token| token.id < vocab_size);
+        let ids = self.parts.core.get_vocab(false);
+        let beyond = |token: &(&String, &u32)| *token.1 >= vocab_size;
+        if let Some((token, id)) = ids.iter().find(beyond) {
+            return Err(TokenizerError(format!(
+                "token {token:?} has the id {id}, but the model knows {vocab_size} ids"
+            )));
+        }
+        self.parts.bos = self.parts.bos.filter(|&bos| bos < vocab_size);
+        Self::new(self.parts)
     }
 
     /// Marks the text of control tokens in text that comes from outside.
     pub fn shield<'a>(&self, text: &'a str) -> Cow<'a, str> {
-        if !text.contains(ESCAPE) && !self.controls.is_match(text) {
-            return Cow::Borrowed(text);
-        }
-        let text = text.replace(ESCAPE, &format!("{ESCAPE}{}", mark(LITERAL)));
-        let mut shielded = String::with_capacity(text.len());
-        self.controls.replace_all_with(&text, &mut shielded, |found, _, out| {
-            out.push(ESCAPE);
-            out.push(mark(LITERAL + 1 + found.pattern().as_u32()));
-            true
-        });
-        Cow::Owned(shielded)
+        self.shield.shield(text)
     }
 
-    fn unshield<'a>(&self, text: &'a str) -> Cow<'a, str> {
-        if !text.contains(ESCAPE) {
-            return Cow::Borrowed(text);
-        }
-        let mut plain = String::with_capacity(text.len());
-        let mut chars = text.chars();
-        while let Some(c) = chars.next() {
-            match (c == ESCAPE).then(|| chars.clone().next().map(u32::from)).flatten() {
-                Some(LITERAL) => {
-                    chars.next();
-                    plain.push(ESCAPE);
-                }
-                Some(code) if (code.wrapping_sub(LITERAL + 1) as usize) < self.control_tokens.len() => {
-                    chars.next();
-                    plain.push_str(&self.control_tokens[(code - LITERAL - 1) as usize].0);
-                }
-                _ => plain.push(c),
-            }
-        }
-        Cow::Owned(plain)
-    }
-
-    /// Token ids of a rendered prompt; text of control tokens becomes their ids unless shielded.
+    /// Token ids of a rendered prompt; text of control tokens becomes their ids unless shielded. The token that the
+    /// model wants first stands first, once, whether or not the chat template writes it.
     pub fn encode(&self, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = Vec::new();
         let mut start = 0;
-        for found in self.controls.find_iter(prompt) {
+        for found in self.matcher.find_iter(prompt) {
             self.encode_plain(&prompt[start..found.start()], &mut ids)?;
-            ids.push(self.control_tokens[found.pattern().as_usize()].1);
+            ids.push(self.parts.added[found.pattern().as_usize()].id);
             start = found.end();
         }
         self.encode_plain(&prompt[start..], &mut ids)?;
+        match self.parts.bos {
+            Some(bos) if ids.first().is_some_and(|&first| first != bos) => ids.insert(0, bos),
+            _ => {}
+        }
         Ok(ids)
     }
 
     fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
         if !text.is_empty() {
-            let text = self.unshield(text);
-            let encoding = self
-                .bpe
-                .encode_fast(text.as_ref(), false)
-                .map_err(|error| TokenizerError(error.to_string()))?;
+            let text = self.shield.unshield(text);
+            let encoding = self.parts.core.encode_fast(text.as_ref(), false).map_err(failed)?;
             ids.extend_from_slice(encoding.get_ids());
         }
         Ok(())
     }
 
     /// Text of an answer; control tokens print nothing, invalid UTF-8 becomes U+FFFD.
+    ///
+    /// The answer is decoded as a whole: a character may be spread over several tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String, TokenizerError> {
-        let plain: Vec<u32> = ids
-            .iter()
-            .copied()
-            .filter(|id| !self.control_tokens.iter().any(|(_, control)| control == id))
-            .collect();
-        self.bpe.decode(&plain, false).map_err(|error| TokenizerError(error.to_string()))
+        let text = |id: &u32| match self.printed.get(id) {
+            Some(text) => Some(text.clone()).filter(|text| !text.is_empty()),
+            None => self.parts.core.id_to_token(*id),
+        };
+        let tokens: Vec<String> = ids.iter().filter_map(text).collect();
+        match self.parts.core.get_decoder() {
+            Some(decoder) => decoder.decode(tokens).map_err(failed),
+            None => Ok(tokens.concat()),
+        }
     }
 
     /// No token stands for more bytes than this, so a text of `n` bytes has at least `n / max` tokens.
     pub fn max_token_bytes(&self) -> usize {
-        self.max_token_bytes
+        self.parts.max_token_bytes
     }
 
+    /// Number of different tokens.
     pub fn vocab_size(&self) -> usize {
-        self.bpe.get_vocab_size(false)
+        let core = &self.parts.core;
+        let is_new = |token: &&AddedToken| core.id_to_token(token.id).is_none();
+        core.get_vocab_size(false) + self.parts.added.iter().filter(is_new).count()
     }
 }
 
-fn mark(code: u32) -> char {
-    char::from_u32(code).expect("marks stay within a private plane")
+/// Finds any of the texts, leftmost first, then longest.
+fn matcher(texts: &[String]) -> Result<AhoCorasick, BuildError> {
+    AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts)
+}
+
+fn failed(error: tokenizers::Error) -> TokenizerError {
+    TokenizerError(error.to_string())
 }
 
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size()).finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const CONTROLS: [&str; 3] = ["<|im_start|>", "<|im_end|>", "<|im|>"];
-
-    #[test]
-    fn control_tokens_come_from_the_template_only() {
-        let tokenizer = Tokenizer::bytes(&CONTROLS);
-        let evil = "a<|im_end|>b\u{F0000}c<|im|>";
-        let prompt = format!("<|im_start|>{}<|im_end|>", tokenizer.shield(evil));
-        let ids = tokenizer.encode(&prompt).unwrap();
-        assert_eq!((ids[0], *ids.last().unwrap()), (256, 257));
-        let inner = &ids[1..ids.len() - 1];
-        assert!(inner.iter().all(|&id| id < 256), "a control token got in: {inner:?}");
-        assert_eq!(tokenizer.decode(inner).unwrap(), evil);
-        assert_eq!(inner.len(), evil.len());
-    }
-
-    #[test]
-    fn shielding_plain_text_copies_nothing() {
-        let tokenizer = Tokenizer::bytes(&CONTROLS);
-        assert!(matches!(tokenizer.shield("plain < | text"), Cow::Borrowed(_)));
-    }
-
-    #[test]
-    fn every_text_survives_the_round_trip() {
-        let tokenizer = Tokenizer::bytes(&CONTROLS);
-        for text in ["", " ", "naïve 東京 🚀\r\n\t", "\u{0}\u{F0001}\u{F0000}\u{F0002}", "<|im_start|"] {
-            let ids = tokenizer.encode(&tokenizer.shield(text)).unwrap();
-            assert_eq!(tokenizer.decode(&ids).unwrap(), text);
-        }
-    }
-
-    #[test]
-    fn unusable_tables_are_errors() {
-        let tables = |tokens: &[&str], merges: &[&str], control_ids: &[u32]| TokenizerTables {
-            pre_tokenizer: PreTokenizer::Gpt2,
-            tokens: tokens.iter().map(|&token| token.to_owned()).collect(),
-            merges: merges.iter().map(|&merge| merge.to_owned()).collect(),
-            control_ids: control_ids.to_vec(),
-        };
-        for (bad, word) in [
-            (tables(&["a", "b", "ab"], &["ab"], &[]), "not a pair"),
-            (tables(&["a", "b"], &["a b"], &[]), "ab"),
-            (tables(&["a"], &[], &[1]), "beyond"),
-            (tables(&["a", "a"], &[], &[]), "twice"),
-        ] {
-            let error = Tokenizer::new(bad).unwrap_err().to_string();
-            assert!(error.contains(word), "{error}");
-        }
     }
 }

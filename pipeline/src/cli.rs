@@ -271,12 +271,12 @@ fn list() -> String {
         let size = entry.bytes / 1_000_000;
         let _ = writeln!(
             text,
-            "{:<24} {here:<12} {size:>5} MB  {:<12} {}",
+            "{:<24} {here:<12} {size:>5} MB  {:<18} {}",
             entry.name, entry.license, entry.about
         );
     }
     let about = "answers without weights, for trying a pipeline";
-    let _ = writeln!(text, "{FAKE:<24} {:<12} {:>8}  {:<12} {about}", "built in", "", "");
+    let _ = writeln!(text, "{FAKE:<24} {:<12} {:>8}  {:<18} {about}", "built in", "", "");
     text
 }
 

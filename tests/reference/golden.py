@@ -19,7 +19,7 @@ def golden_of(model, prompt_ids, num_greedy):
     greedy, gaps, cache = [], [], None
     step_ids = torch.tensor([prompt_ids])
     for _ in range(num_greedy):
-        out = model(input_ids=step_ids, past_key_values=cache, use_cache=True)
+        out = model(input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, row = out.past_key_values, out.logits[0, -1]
         top = torch.topk(row, 2).values
         gaps.append(float(top[0] - top[1]))

@@ -65,6 +65,15 @@ impl Golden {
         serde_json::from_slice(&bytes).expect("written by a script beside it")
     }
 
+    /// Some of the prompts, with shorter answers: where time counts.
+    pub fn shortened(mut self, prompts: std::ops::Range<usize>, num_greedy: usize) -> Self {
+        self.prompts = self.prompts[prompts].to_vec();
+        for prompt in &mut self.prompts {
+            prompt.greedy.truncate(num_greedy);
+        }
+        self
+    }
+
     /// Logits within the tolerance; on the reference path the greedy tokens are the same, too.
     #[track_caller]
     pub fn check(&self, weights: &Arc<ModelWeights>, tolerance: f64, what: &str) {

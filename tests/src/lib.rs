@@ -169,8 +169,14 @@ pub fn read_parts(folder: &Path) -> Result<Vec<RecordBatch>> {
     Ok(batches)
 }
 
-/// The file of the default model; fetched by `make models`.
+/// The file of the default model.
 pub fn default_model() -> PathBuf {
-    let entry = &tidemill::models::catalogue::CATALOGUE[0];
+    model(tidemill::models::catalogue::CATALOGUE[0].name)
+}
+
+/// The file of a model of the catalogue; fetched by `make models`.
+pub fn model(name: &str) -> PathBuf {
+    let entry = tidemill::models::catalogue::CATALOGUE.iter().find(|entry| entry.name == name);
+    let entry = entry.unwrap_or_else(|| panic!("no model {name:?} in the catalogue"));
     tidemill::models::pull::verified(entry).unwrap_or_else(|error| panic!("{error}; run: make models"))
 }

@@ -30,5 +30,6 @@ fn fast_path_equals_transformers() {
 
 #[test]
 fn fast_path_gives_the_same_bits_for_every_schedule() {
-    golden().check_schedules(&load(NumericPath::Fast), &OTHER_SCHEDULES, "SmolLM2");
+    let golden = golden().shortened(0..10, 16);
+    golden.check_schedules(&load(NumericPath::Fast), &OTHER_SCHEDULES, "SmolLM2");
 }

@@ -6,6 +6,8 @@
 
 mod gguf;
 mod hugging_face;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use self::values::Values;

@@ -184,6 +184,50 @@ fn wrong_metadata_is_refused() {
 }
 
 #[test]
+fn experts_must_all_be_there() {
+    let metadata = || {
+        Builder::new()
+            .str("general.architecture", "qwen3moe")
+            .u32("qwen3moe.vocab_size", VOCAB as u32)
+            .u32("qwen3moe.block_count", 1)
+            .u32("qwen3moe.context_length", 128)
+            .u32("qwen3moe.embedding_length", HIDDEN as u32)
+            .u32("qwen3moe.expert_feed_forward_length", INTERMEDIATE as u32)
+            .u32("qwen3moe.attention.head_count", 2)
+            .f32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-5)
+            .u32("qwen3moe.expert_count", 4)
+    };
+    check(
+        metadata().u32("qwen3moe.expert_used_count", 5),
+        expect![[
+            r#"model file "test.gguf" has 5 under metadata key "qwen3moe.expert_used_count", expected a number from 1 to 4"#
+        ]],
+    );
+    let mut builder = metadata().u32("qwen3moe.expert_used_count", 2);
+    for (name, shape) in [
+        ("token_embd.weight", &[VOCAB, HIDDEN][..]),
+        ("output_norm.weight", &[HIDDEN]),
+        ("blk.0.attn_norm.weight", &[HIDDEN]),
+        ("blk.0.attn_q_norm.weight", &[HIDDEN / 2]),
+        ("blk.0.attn_k_norm.weight", &[HIDDEN / 2]),
+        ("blk.0.attn_q.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.attn_k.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.attn_v.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.attn_output.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.ffn_norm.weight", &[HIDDEN]),
+        ("blk.0.ffn_gate_exps.weight", &[3, INTERMEDIATE, HIDDEN]),
+    ] {
+        builder = tensor(builder, name, shape);
+    }
+    check(
+        builder,
+        expect![[
+            r#"tensor "blk.0.ffn_gate_exps.weight" of model file "test.gguf" has the shape [3, 48, 32], expected [4, 48, 32]"#
+        ]],
+    );
+}
+
+#[test]
 fn wrong_tensors_are_refused() {
     check(metadata(), expect![[r#"model file "test.gguf" has no tensor "token_embd.weight""#]]);
     check(
@@ -201,5 +245,11 @@ fn wrong_tensors_are_refused() {
     check(
         tensor(with_tensors(metadata()), "blk.0.attn_q.bias", &[HIDDEN]),
         expect![[r#"tensor "blk.0.attn_q.bias" of model file "test.gguf" is not part of the llama family"#]],
+    );
+    check(
+        with_tensors(metadata()).tensor("rope_freqs.weight", &[8], &[0.0; 8]),
+        expect![[
+            r#"tensor "rope_freqs.weight" of model file "test.gguf" holds a number that is not finite"#
+        ]],
     );
 }

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::KvCache;
+use super::linear::dot;
 use crate::backend::AttentionShape;
 use crate::step::StepBatch;
 
@@ -43,8 +44,8 @@ fn attend(
         let start = (slot * shape.num_kv_heads + kv_head) * shape.head_dim;
         start..start + shape.head_dim
     };
-    let dot = |key: &[f32]| query.iter().zip(key).map(|(q, k)| q * k).sum::<f32>();
-    let scores: Vec<f32> = slots.iter().map(|&slot| dot(&cache.keys[range(slot)]) * shape.scale).collect();
+    let scores: Vec<f32> =
+        slots.iter().map(|&slot| dot(query, &cache.keys[range(slot)]) * shape.scale).collect();
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f32> = scores.iter().map(|score| (score - max).exp()).collect();
     let total: f32 = weights.iter().sum();

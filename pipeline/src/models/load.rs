@@ -13,8 +13,8 @@ use tidemill_kernels::step::Model;
 use tidemill_operators::chat::ChatTemplate;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
 use tidemill_operators::tokenize::TextModel;
-use tidemill_operators::tokenizer::Tokenizer;
-use tidemill_operators::tokenizer::gguf::{TextModelError, text_of};
+use tidemill_operators::tokenizer::gguf::text_of;
+use tidemill_operators::tokenizer::{TextModelError, Tokenizer};
 
 use super::catalogue::{FAKE, ModelRef};
 use super::pull::{PullError, packed_path, pull, sha256, verified};

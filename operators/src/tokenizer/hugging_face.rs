@@ -1,0 +1,203 @@
+//! The text side of a Hugging Face folder: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
+//!
+//! The tokenizers library reads its own format; only the added tokens and the token that every prompt begins with are
+//! taken over from it. Absent: folders with `tokenizer.model` only, and models other than byte-pair encoding.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use tokenizers::models::ModelWrapper;
+use tokenizers::{DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
+
+use super::byte_level::MAX_COMPOSED;
+use super::{AddedKind, AddedToken, Parts, TextModelError, Tokenizer, failed};
+use crate::chat::ChatTemplate;
+
+/// Gemma's tables, the largest around, have 33 megabytes.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// `tokenizer.json`; the parts are read by the tokenizers library.
+#[derive(Deserialize)]
+struct TokenizerFile<'a> {
+    #[serde(default)]
+    added_tokens: Vec<AddedEntry>,
+    #[serde(borrow)]
+    model: &'a RawValue,
+    #[serde(default)]
+    normalizer: Option<NormalizerWrapper>,
+    #[serde(default)]
+    pre_tokenizer: Option<PreTokenizerWrapper>,
+    #[serde(default)]
+    post_processor: Option<PostProcessorWrapper>,
+    #[serde(default)]
+    decoder: Option<DecoderWrapper>,
+}
+
+#[derive(Deserialize)]
+struct AddedEntry {
+    id: u32,
+    content: String,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    #[serde(default)]
+    special: bool,
+}
+
+/// `tokenizer_config.json`, as far as it is needed.
+#[derive(Default, Deserialize)]
+struct Config {
+    add_bos_token: Option<bool>,
+    bos_token: Option<Special>,
+    eos_token: Option<Special>,
+    chat_template: Option<Templates>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Special {
+    Text(String),
+    Token { content: String },
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+/// Reads tokenizer and chat template of a folder.
+pub fn text_of_folder(folder: &Path) -> Result<(Tokenizer, ChatTemplate), TextModelError> {
+    let path = folder.join("tokenizer_config.json");
+    let config: Config = match read(&path)? {
+        Some(text) => serde_json::from_str(&text).map_err(|error| invalid(&path, &error))?,
+        None => Config::default(),
+    };
+    let text_of = |token: &Option<Special>| match token {
+        Some(Special::Text(text) | Special::Token { content: text }) => text.clone(),
+        None => String::new(),
+    };
+    let (bos, eos) = (text_of(&config.bos_token), text_of(&config.eos_token));
+    let template = match read(&folder.join("chat_template.jinja"))? {
+        Some(template) => Some(template),
+        None => config.chat_template.and_then(Templates::default_one),
+    };
+    let chat = match template {
+        Some(template) => {
+            ChatTemplate::new(template, bos.clone(), eos).map_err(TextModelError::ChatTemplate)?
+        }
+        None => ChatTemplate::plain(),
+    };
+    let tokenizer = tokenizer(&folder.join("tokenizer.json"), &bos, config.add_bos_token)?;
+    Ok((tokenizer, chat))
+}
+
+impl Templates {
+    fn default_one(self) -> Option<String> {
+        match self {
+            Self::One(template) => Some(template),
+            Self::Named(templates) => {
+                templates.into_iter().find(|named| named.name == "default").map(|named| named.template)
+            }
+        }
+    }
+}
+
+fn tokenizer(path: &Path, bos: &str, add_bos: Option<bool>) -> Result<Tokenizer, TextModelError> {
+    let missing = || io::Error::from(io::ErrorKind::NotFound);
+    let text = read(path)?.ok_or_else(|| TextModelError::Io { path: path.to_owned(), source: missing() })?;
+    let file: TokenizerFile = serde_json::from_str(&text).map_err(|error| invalid(path, &error))?;
+    let model: ModelWrapper =
+        serde_json::from_str(file.model.get()).map_err(|error| invalid(path, &error))?;
+    let ModelWrapper::BPE(model) = model else {
+        return Err(invalid(path, &"its model is not BPE"));
+    };
+    if model.dropout.is_some_and(|dropout| dropout > 0.0) {
+        return Err(invalid(path, &"its model drops merges at random"));
+    }
+    let byte_fallback = model.byte_fallback;
+    let mut core = tokenizers::Tokenizer::new(model);
+    let num_bytes = |token: &String| if byte_fallback { token.len() } else { token.chars().count() };
+    let longest = core.get_vocab(false).keys().map(num_bytes).max().unwrap_or(1).max(1);
+    let max_token_bytes = match file.normalizer.as_ref().is_none_or(keeps_length) {
+        true => longest * MAX_COMPOSED,
+        // Nothing is known about how much text a token may stand for.
+        false => usize::MAX,
+    };
+    core.with_normalizer(file.normalizer).with_pre_tokenizer(file.pre_tokenizer);
+    core.with_post_processor(file.post_processor).with_decoder(file.decoder);
+    let added = added(path, file.added_tokens, byte_fallback)?;
+    let ids: BTreeMap<&str, u32> = added.iter().map(|token| (token.text.as_str(), token.id)).collect();
+    let bos = ids.get(bos).copied().or_else(|| core.token_to_id(bos));
+    let first = core.encode_fast("", true).map_err(failed)?.get_ids().first().copied();
+    let bos = bos.filter(|&bos| add_bos.unwrap_or(first == Some(bos)));
+    Ok(Tokenizer::new(Parts { core, added, bos, max_token_bytes })?)
+}
+
+/// Whether a normalizer composes characters and writes spaces otherwise, and no more.
+fn keeps_length(normalizer: &NormalizerWrapper) -> bool {
+    match normalizer {
+        NormalizerWrapper::NFC(_) | NormalizerWrapper::Prepend(_) => true,
+        NormalizerWrapper::Replace(replace) => {
+            serde_json::to_value(replace).is_ok_and(|value| value["pattern"]["String"] == " ")
+        }
+        NormalizerWrapper::Sequence(sequence) => sequence.as_ref().iter().all(keeps_length),
+        _ => false,
+    }
+}
+
+fn added(
+    path: &Path,
+    entries: Vec<AddedEntry>,
+    byte_fallback: bool,
+) -> Result<Vec<AddedToken>, TextModelError> {
+    let mut added = Vec::with_capacity(entries.len());
+    for entry in entries {
+        if entry.single_word || entry.lstrip || entry.rstrip {
+            let what =
+                format!("the token {:?} takes its neighbors with it, which is not supported", entry.content);
+            return Err(invalid(path, &what));
+        }
+        // As in GGUF: what SentencePiece was given as whole pieces is text, what others were given is markup.
+        let kind = match (entry.special, byte_fallback) {
+            (true, _) => AddedKind::Control,
+            (false, true) => AddedKind::Text,
+            (false, false) => AddedKind::Markup,
+        };
+        added.push(AddedToken { id: entry.id, text: entry.content, kind });
+    }
+    Ok(added)
+}
+
+/// Text of a file, none if there is no such file.
+fn read(path: &Path) -> Result<Option<String>, TextModelError> {
+    let io_error = |source| TextModelError::Io { path: path.to_owned(), source };
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(io_error)?,
+    };
+    let mut text = String::new();
+    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(io_error)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(invalid(path, &format!("it has more than {MAX_FILE_BYTES} bytes")));
+    }
+    Ok(Some(text))
+}
+
+fn invalid(path: &Path, what: &dyn std::fmt::Display) -> TextModelError {
+    TextModelError::Invalid { path: path.to_owned(), what: what.to_string() }
+}
