@@ -7,6 +7,7 @@ mod engine;
 mod grouping;
 mod machine;
 mod offline;
+mod perplexity;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,8 @@ pub enum Bench {
     Offline(OfflineArgs),
     /// How often prefixes are computed, beside arrival order and LRU, and how long planning takes; without a model
     Grouping(GroupingArgs),
+    /// What the fast path costs in quality: its perplexity on a text, beside that of f32
+    Perplexity(PerplexityArgs),
     /// The time from the start to the first token; `engine` starts it as a process of its own
     #[command(hide = true)]
     FirstToken { model: String },
@@ -86,6 +89,23 @@ pub struct GroupingArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  tidemill bench perplexity --text article.txt --model gemma-3-270m")]
+pub struct PerplexityArgs {
+    /// A text file
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// A name from `tidemill models list`, or the path of a model
+    #[arg(long, default_value = CATALOGUE[0].name)]
+    model: String,
+    /// Tokens that are scored together
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(2..))]
+    window: u16,
+    /// Write the figures to a file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 struct CommonArgs {
     /// Measure so many times and take the median
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
@@ -109,6 +129,10 @@ pub enum BenchError {
     Encode(#[from] TokenizerError),
     #[error("no requests file {path}")]
     NoRequests { path: PathBuf },
+    #[error("text file {path} has less than two tokens")]
+    NoText { path: PathBuf },
+    #[error("the model {name:?} has no weights to score with")]
+    NoWeights { name: String },
     #[error(transparent)]
     Definition(#[from] Box<SpecError>),
     #[error(transparent)]
@@ -147,25 +171,29 @@ pub fn bench(command: &Bench) -> Result<(), BenchError> {
     match command {
         Bench::Engine(args) => {
             let report = engine::measure(args)?;
-            finish(&report.render(), &report, &args.common)
+            finish(&report.render(), &report, args.common.json.as_deref())
         }
         Bench::Offline(args) => {
             let report = offline::measure(args)?;
-            finish(&report.render(), &report, &args.common)
+            finish(&report.render(), &report, args.common.json.as_deref())
         }
         Bench::Grouping(args) => {
             let report = grouping::measure(args)?;
-            finish(&report.render(), &report, &args.common)
+            finish(&report.render(), &report, args.common.json.as_deref())
+        }
+        Bench::Perplexity(args) => {
+            let report = perplexity::measure(args)?;
+            finish(&report.render(), &report, args.json.as_deref())
         }
         Bench::FirstToken { model } => engine::first_token(model),
     }
 }
 
-fn finish(table: &str, report: &impl Serialize, args: &CommonArgs) -> Result<(), BenchError> {
+fn finish(table: &str, report: &impl Serialize, json: Option<&Path>) -> Result<(), BenchError> {
     let mut stdout = std::io::stdout().lock();
     // That nobody reads on is no error.
     let _ = writeln!(stdout, "{table}").and_then(|()| stdout.flush());
-    let Some(path) = &args.json else { return Ok(()) };
+    let Some(path) = json else { return Ok(()) };
     let text = serde_json::to_string_pretty(report).expect("plain data");
     std::fs::write(path, text + "\n").map_err(io_error("write", path))
 }

@@ -29,11 +29,13 @@ pub(super) struct Buffers<B: Backend> {
     pub(super) experts: ExpertBuffers,
     /// The sequences whose next token is computed together.
     pub(super) head_seqs: Vec<usize>,
-    /// `[head_seqs.len(), hidden_size]`
+    /// The rows that meet the output head.
+    pub(super) head_rows: Vec<usize>,
+    /// `[head_rows.len(), hidden_size]`
     pub(super) head_hidden: Vec<f32>,
-    /// `[head_seqs.len(), hidden_size]`
+    /// `[head_rows.len(), hidden_size]`
     pub(super) head_normed: Vec<f32>,
-    /// `[head_seqs.len(), vocab_size]`
+    /// `[head_rows.len(), vocab_size]`
     pub(super) logits: Vec<f32>,
     /// `[head_seqs.len()]`
     pub(super) sampled: Vec<Result<u32, StepError>>,
@@ -68,6 +70,7 @@ impl<B: Backend> Default for Buffers<B> {
             gated: empty(),
             experts: ExpertBuffers::default(),
             head_seqs: Vec::new(),
+            head_rows: Vec::new(),
             head_hidden: empty(),
             head_normed: empty(),
             logits: empty(),

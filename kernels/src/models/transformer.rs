@@ -99,6 +99,17 @@ impl Transformer {
             AnyRunner::Fast(runner) => runner.logits(batch),
         })
     }
+
+    /// Runs a step and returns the natural logarithm of the probability of each token of the batch that has one before
+    /// it there: what perplexity is made of.
+    pub fn log_probabilities(&mut self, batch: &StepBatch) -> Vec<f64> {
+        batch.check(&self.info);
+        let Self { runner, pool, .. } = self;
+        pool.install(|| match runner {
+            AnyRunner::Reference(runner) => runner.log_probabilities(batch),
+            AnyRunner::Fast(runner) => runner.log_probabilities(batch),
+        })
+    }
 }
 
 impl ModelWeights {
@@ -170,7 +181,7 @@ impl<B: Backend> Runner<B> {
         while wanted.peek().is_some() {
             self.buffers.head_seqs.clear();
             self.buffers.head_seqs.extend(wanted.by_ref().take(MAX_HEAD_ROWS));
-            self.head(batch);
+            self.head_of_seqs(batch);
             let Buffers { head_seqs, logits, sampled, .. } = &mut self.buffers;
             let vocab_size = self.weights.config.vocab_size as usize;
             head_seqs
@@ -189,8 +200,24 @@ impl<B: Backend> Runner<B> {
         self.forward(batch);
         self.buffers.head_seqs.clear();
         self.buffers.head_seqs.extend(0..batch.num_seqs());
-        self.head(batch);
+        self.head_of_seqs(batch);
         self.buffers.logits.clone()
+    }
+
+    fn log_probabilities(&mut self, batch: &StepBatch) -> Vec<f64> {
+        self.forward(batch);
+        let vocab_size = self.weights.config.vocab_size as usize;
+        let rows: Vec<usize> =
+            (0..batch.num_seqs()).flat_map(|seq| batch.rows(seq).start..batch.rows(seq).end - 1).collect();
+        let mut all = Vec::with_capacity(rows.len());
+        for rows in rows.chunks(MAX_HEAD_ROWS) {
+            self.buffers.head_rows.clear();
+            self.buffers.head_rows.extend_from_slice(rows);
+            self.head();
+            let logits = self.buffers.logits.chunks_exact(vocab_size).zip(rows);
+            all.extend(logits.map(|(logits, row)| log_softmax(logits, batch.token_ids[row + 1])));
+        }
+        all
     }
 
     /// All layers; leaves the residual stream in `buffers.hidden`.
@@ -214,22 +241,35 @@ impl<B: Backend> Runner<B> {
         }
     }
 
-    /// The output head after the last row of each of `head_seqs`; leaves `[head_seqs.len(), vocab_size]` in `logits`.
-    fn head(&mut self, batch: &StepBatch) {
+    /// The output head after the last row of each of `head_seqs`.
+    fn head_of_seqs(&mut self, batch: &StepBatch) {
+        let Buffers { head_seqs, head_rows, .. } = &mut self.buffers;
+        head_rows.clear();
+        head_rows.extend(head_seqs.iter().map(|&seq| batch.rows(seq).end - 1));
+        self.head();
+    }
+
+    /// The output head after each of `head_rows`; leaves `[head_rows.len(), vocab_size]` in `logits`.
+    fn head(&mut self) {
         let weights = &*self.weights;
-        let Buffers { hidden, head_seqs, head_hidden, head_normed, logits, scratch, .. } = &mut self.buffers;
+        let Buffers { hidden, head_rows, head_hidden, head_normed, logits, scratch, .. } = &mut self.buffers;
         let hidden_size = weights.config.hidden_size as usize;
         head_hidden.clear();
-        for &seq in head_seqs.iter() {
-            let end = batch.rows(seq).end * hidden_size;
-            head_hidden.extend_from_slice(&hidden[end - hidden_size..end]);
+        for &row in head_rows.iter() {
+            head_hidden.extend_from_slice(&hidden[row * hidden_size..(row + 1) * hidden_size]);
         }
         head_normed.resize(head_hidden.len(), 0.0);
-        logits.resize(head_seqs.len() * weights.config.vocab_size as usize, 0.0);
+        logits.resize(head_rows.len() * weights.config.vocab_size as usize, 0.0);
         let epsilon = weights.config.rms_norm_epsilon;
         weights.backend.rms_norm(head_hidden, &weights.output_norm, epsilon, head_normed);
         weights.backend.linear(scratch, head_normed, weights.output(), logits);
     }
+}
+
+fn log_softmax(logits: &[f32], token_id: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
+    f64::from(logits[token_id as usize] - max) - total.ln()
 }
 
 fn sample_for(batch: &StepBatch, seq: usize, logits: &[f32]) -> Result<u32, StepError> {

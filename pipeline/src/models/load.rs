@@ -218,13 +218,31 @@ impl LoadedModel {
             }
             Weights::Real { weights, digest } => {
                 let kv = KvConfig { page_size, num_pages };
-                let model = Transformer::new(Arc::clone(weights), kv, num_threads, &self.name, digest);
-                let model = model.map_err(|source| LoadError::Model {
-                    name: self.name.clone(),
-                    source: Box::new(source),
-                })?;
-                Ok(Box::new(model))
+                Ok(Box::new(self.transformer(weights, digest, kv, num_threads)?))
             }
         }
+    }
+
+    /// The tokenizer, and the model on all cores with a cache of `num_pages`; none for a model without weights.
+    pub fn scorer(
+        &self,
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<Option<(&Tokenizer, Transformer)>, LoadError> {
+        let Weights::Real { weights, digest } = &self.weights else { return Ok(None) };
+        let kv = KvConfig { page_size, num_pages };
+        let num_threads = Cores::available().num_cores();
+        Ok(Some((&self.text.0, self.transformer(weights, digest, kv, num_threads)?)))
+    }
+
+    fn transformer(
+        &self,
+        weights: &Arc<ModelWeights>,
+        digest: &str,
+        kv: KvConfig,
+        num_threads: usize,
+    ) -> Result<Transformer, LoadError> {
+        Transformer::new(Arc::clone(weights), kv, num_threads, &self.name, digest)
+            .map_err(|source| LoadError::Model { name: self.name.clone(), source: Box::new(source) })
     }
 }
