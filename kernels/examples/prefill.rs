@@ -10,8 +10,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
-use tidemill_kernels::gguf::Gguf;
-use tidemill_kernels::models::{KvConfig, Llama, LlamaWeights, NumericPath};
+use tidemill_kernels::models::{Checkpoint, KvConfig, ModelWeights, NumericPath, Transformer};
 use tidemill_kernels::step::{Model, PageId, SamplingParams, StepBatch};
 
 const PAGE_SIZE: u32 = 16;
@@ -25,14 +24,14 @@ fn main() -> anyhow::Result<()> {
         None => std::thread::available_parallelism()?.get(),
     };
     let start = Instant::now();
-    let weights = LlamaWeights::load(&Gguf::open(&path)?, NumericPath::Fast)?;
+    let weights = ModelWeights::load(&Checkpoint::open(&path)?, NumericPath::Fast)?;
     println!(
         "loaded in {:.2} s, {} KV bytes a token",
         start.elapsed().as_secs_f64(),
         weights.kv_bytes_per_token()
     );
     let kv = KvConfig { page_size: PAGE_SIZE, num_pages: NUM_PAGES };
-    let mut model = Llama::new(weights, kv, num_threads, "prefill", "")?;
+    let mut model = Transformer::new(weights, kv, num_threads, "prefill", "")?;
     for num_tokens in [64, 512, 512, 2048] {
         let seconds = prefill(&mut model, 1, num_tokens)?;
         println!("prefill of {num_tokens}: {:.0} tokens/s", f64::from(num_tokens) / seconds);
@@ -55,7 +54,7 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// Seconds of one step of `num_tokens` for each of some sequences.
-fn prefill(model: &mut Llama, num_seqs: u32, num_tokens: u32) -> anyhow::Result<f64> {
+fn prefill(model: &mut Transformer, num_seqs: u32, num_tokens: u32) -> anyhow::Result<f64> {
     let start = Instant::now();
     model.step(&batch(num_seqs, 0, num_tokens))?;
     Ok(start.elapsed().as_secs_f64())

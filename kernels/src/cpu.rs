@@ -6,10 +6,13 @@
 //! fused multiply-adds over increasing `k`. No op splits that chain between threads.
 
 mod add;
+mod add_bias;
 mod attention;
 mod elementwise;
 mod embed;
+mod gelu_mul;
 mod gemm;
+mod head_norm;
 mod isa;
 mod linear;
 mod rms_norm;
@@ -22,6 +25,8 @@ mod store_kv;
 mod tests;
 
 pub(crate) use self::isa::Isa;
+use std::ops::Range;
+
 use crate::backend::{AttentionShape, Backend, RopeTable};
 use crate::step::StepBatch;
 
@@ -64,6 +69,7 @@ impl Matrix {
 impl Backend for Cpu {
     type Matrix = Matrix;
     type KvCache = KvCache;
+    type Scratch = ();
 
     fn matrix(
         &self,
@@ -104,8 +110,23 @@ impl Backend for Cpu {
         rms_norm::rms_norm(self.isa, x, weight, epsilon, out);
     }
 
-    fn linear(&self, x: &[f32], weight: &Matrix, out: &mut [f32]) {
+    fn linear(&self, (): &mut (), x: &[f32], weight: &Matrix, out: &mut [f32]) {
         linear::linear(self.isa, x, weight, out);
+    }
+
+    fn add_bias(&self, bias: &[f32], x: &mut [f32]) {
+        add_bias::add_bias(self.isa, bias, x);
+    }
+
+    fn head_norm(
+        &self,
+        weight: &[f32],
+        epsilon: f32,
+        shape: &AttentionShape,
+        heads: Range<usize>,
+        qkv: &mut [f32],
+    ) {
+        head_norm::head_norm(self.isa, weight, epsilon, shape, heads, qkv);
     }
 
     fn rope(&self, table: &RopeTable, shape: &AttentionShape, positions: &[u32], qkv: &mut [f32]) {
@@ -118,17 +139,23 @@ impl Backend for Cpu {
 
     fn attention(
         &self,
+        (): &mut (),
         shape: &AttentionShape,
+        window: Option<u32>,
         batch: &StepBatch,
         qkv: &[f32],
         cache: &KvCache,
         out: &mut [f32],
     ) {
-        attention::attention(self.isa, shape, batch, qkv, cache, out);
+        attention::attention(self.isa, shape, window, batch, qkv, cache, out);
     }
 
     fn silu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {
         silu_mul::silu_mul(self.isa, intermediate_size, gate_up, out);
+    }
+
+    fn gelu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {
+        gelu_mul::gelu_mul(self.isa, intermediate_size, gate_up, out);
     }
 
     fn add(&self, x: &mut [f32], y: &[f32]) {

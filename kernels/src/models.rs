@@ -1,24 +1,34 @@
-//! Model families behind [`Model`](crate::step::Model), and how their weights are found in a file.
+//! Model families behind [`Model`](crate::step::Model), and how their weights are found on disk.
 //!
-//! Metadata keys and tensor names of files live in [`config`] and [`weights`] only. What a family computes is
-//! written once, over the ops of `backend`; which numeric path computes it is chosen at load.
+//! Metadata keys live in `config`, tensor names in `families` and `checkpoint` only. The forward pass is written once,
+//! in [`transformer`] over the ops of `backend`; which numeric path computes it is chosen at load.
 
+mod buffers;
+pub mod checkpoint;
 pub mod config;
+mod experts;
 pub mod fake;
-pub mod llama;
+mod families;
+mod rope;
+pub mod transformer;
 pub mod weights;
 
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::path::PathBuf;
 
 use crate::gguf::GgufError;
+use crate::safetensors::SafetensorsError;
 
-pub use self::config::LlamaConfig;
+pub use self::checkpoint::Checkpoint;
+pub use self::config::{ExpertsConfig, ModelConfig};
 pub use self::fake::{FakeConfig, FakeModel};
-pub use self::llama::{KvConfig, Llama};
-pub use self::weights::{LlamaWeights, NumericPath};
+pub use self::families::Family;
+pub use self::rope::{RopeConfig, RopeScaling};
+pub use self::transformer::{KvConfig, Transformer};
+pub use self::weights::{ModelWeights, NumericPath};
 
 /// Part of every model digest: to be raised when answers change for the same weights.
 pub const ENGINE_VERSION: u32 = 1;
@@ -28,14 +38,24 @@ pub const ENGINE_VERSION: u32 = 1;
 pub enum ModelError {
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    #[error("model file {path:?} is of the family {family:?}, known is \"llama\"")]
-    UnknownFamily { path: PathBuf, family: String },
+    #[error(transparent)]
+    Safetensors(#[from] SafetensorsError),
+    #[error("cannot read model configuration {path:?}")]
+    Config {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("model file {path:?} is of the family {family:?}, known are {known}")]
+    UnknownFamily { path: PathBuf, family: String, known: String },
+    #[error("model file {path:?} has no metadata key {key:?}")]
+    MissingKey { path: PathBuf, key: String },
     #[error("model file {path:?} has {value} under metadata key {key:?}, expected {expected}")]
     InvalidValue { path: PathBuf, key: String, value: String, expected: String },
     #[error("tensor {name:?} of model file {path:?} has the shape {actual:?}, expected {expected:?}")]
     Shape { path: PathBuf, name: String, expected: Vec<usize>, actual: Vec<usize> },
-    #[error("tensor {name:?} of model file {path:?} is not part of the llama family")]
-    UnknownTensor { path: PathBuf, name: String },
+    #[error("tensor {name:?} of model file {path:?} is not part of the {family} family")]
+    UnknownTensor { path: PathBuf, name: String, family: &'static str },
     #[error("tensor {name:?} of model file {path:?} holds a number that is not finite")]
     NotFinite { path: PathBuf, name: String },
     #[error("head dimension {head_dim} is not a multiple of {multiple}, which the fast path needs")]

@@ -4,13 +4,18 @@
 //! other paths are tested against this one, and this one against Hugging Face transformers.
 
 mod add;
+mod add_bias;
 mod attention;
 mod embed;
+mod gelu_mul;
+mod head_norm;
 mod linear;
 mod rms_norm;
 mod rope;
 mod silu_mul;
 mod store_kv;
+
+use std::ops::Range;
 
 use crate::backend::{AttentionShape, Backend, RopeTable};
 use crate::step::StepBatch;
@@ -32,6 +37,7 @@ pub(crate) struct KvCache {
 impl Backend for Reference {
     type Matrix = Matrix;
     type KvCache = KvCache;
+    type Scratch = ();
 
     fn matrix(
         &self,
@@ -63,8 +69,23 @@ impl Backend for Reference {
         rms_norm::rms_norm(x, weight, epsilon, out);
     }
 
-    fn linear(&self, x: &[f32], weight: &Matrix, out: &mut [f32]) {
+    fn linear(&self, (): &mut (), x: &[f32], weight: &Matrix, out: &mut [f32]) {
         linear::linear(x, weight, out);
+    }
+
+    fn add_bias(&self, bias: &[f32], x: &mut [f32]) {
+        add_bias::add_bias(bias, x);
+    }
+
+    fn head_norm(
+        &self,
+        weight: &[f32],
+        epsilon: f32,
+        shape: &AttentionShape,
+        heads: Range<usize>,
+        qkv: &mut [f32],
+    ) {
+        head_norm::head_norm(weight, epsilon, shape, heads, qkv);
     }
 
     fn rope(&self, table: &RopeTable, shape: &AttentionShape, positions: &[u32], qkv: &mut [f32]) {
@@ -77,17 +98,23 @@ impl Backend for Reference {
 
     fn attention(
         &self,
+        (): &mut (),
         shape: &AttentionShape,
+        window: Option<u32>,
         batch: &StepBatch,
         qkv: &[f32],
         cache: &KvCache,
         out: &mut [f32],
     ) {
-        attention::attention(shape, batch, qkv, cache, out);
+        attention::attention(shape, window, batch, qkv, cache, out);
     }
 
     fn silu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {
         silu_mul::silu_mul(intermediate_size, gate_up, out);
+    }
+
+    fn gelu_mul(&self, intermediate_size: usize, gate_up: &[f32], out: &mut [f32]) {
+        gelu_mul::gelu_mul(intermediate_size, gate_up, out);
     }
 
     fn add(&self, x: &mut [f32], y: &[f32]) {

@@ -1,6 +1,8 @@
 //! What the integration tests share: the real binary, small inputs, and what a run left behind.
 #![forbid(unsafe_code)]
 
+pub mod golden;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use tidemill_kernels::gguf::Gguf;
-use tidemill_kernels::models::llama::{KvConfig, Llama};
-use tidemill_kernels::models::weights::{LlamaWeights, NumericPath};
+use tidemill_kernels::models::checkpoint::Checkpoint;
+use tidemill_kernels::models::transformer::{KvConfig, Transformer};
+use tidemill_kernels::models::weights::{ModelWeights, NumericPath};
 use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::infer::engine::{Engine, EngineConfig, EngineStats};
 use tidemill_operators::infer::sequence::{SequenceId, SequenceRequest};
@@ -47,12 +48,12 @@ const BASE: Setting = Setting {
 };
 
 fn answers(
-    weights: &Arc<LlamaWeights>,
+    weights: &Arc<ModelWeights>,
     prompts: &[Arc<[u32]>],
     setting: &Setting,
 ) -> (Vec<Vec<u32>>, EngineStats) {
     let kv = KvConfig { page_size: setting.page_size, num_pages: setting.num_pages };
-    let model = Llama::new(Arc::clone(weights), kv, setting.num_threads, "smollm2", "test").unwrap();
+    let model = Transformer::new(Arc::clone(weights), kv, setting.num_threads, "smollm2", "test").unwrap();
     let config = EngineConfig {
         max_num_seqs: setting.max_num_seqs,
         max_num_batched_tokens: setting.max_num_batched_tokens,
@@ -94,7 +95,7 @@ fn answers(
 fn greedy_answers_do_not_depend_on_how_the_work_is_cut() {
     let gguf = Gguf::open(&default_model()).unwrap();
     let (tokenizer, chat) = text_of(&gguf).unwrap();
-    let weights = LlamaWeights::load(&gguf, NumericPath::Fast).unwrap();
+    let weights = ModelWeights::load(&Checkpoint::Gguf(gguf), NumericPath::Fast).unwrap();
     let prompts: Vec<Arc<[u32]>> = DOCUMENTS
         .iter()
         .map(|document| tokenizer.encode(&chat.render(Some(SYSTEM), document).unwrap()).unwrap().into())

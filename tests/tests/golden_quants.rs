@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
-use tidemill_kernels::gguf::Gguf;
-use tidemill_kernels::models::{KvConfig, Llama, LlamaWeights, NumericPath};
+use tidemill_kernels::models::{Checkpoint, KvConfig, ModelWeights, NumericPath, Transformer};
 use tidemill_kernels::quant::{Dtype, dequantize};
 use tidemill_kernels::step::{PageId, StepBatch};
 
@@ -57,11 +56,11 @@ fn a_model_of_every_type_equals_transformers() {
 /// Logits after the last token, on the f32 path.
 fn last_logits(path: &Path, token_ids: &[u32]) -> Vec<f32> {
     let num_pages = (token_ids.len() as u32).div_ceil(PAGE_SIZE);
-    let gguf = Gguf::open(path).expect("the golden file is committed");
-    let weights = LlamaWeights::load(&gguf, NumericPath::Reference).expect("a Llama model");
+    let checkpoint = Checkpoint::open(path).expect("the golden file is committed");
+    let weights = ModelWeights::load(&checkpoint, NumericPath::Reference).expect("a Llama model");
     let vocab_size = weights.config.vocab_size as usize;
     let kv = KvConfig { page_size: PAGE_SIZE, num_pages };
-    let mut model = Llama::new(Arc::clone(&weights), kv, 1, "golden", "golden").expect("a small cache");
+    let mut model = Transformer::new(Arc::clone(&weights), kv, 1, "golden", "golden").expect("a small cache");
     let pages: Vec<PageId> = (0..num_pages).map(PageId).collect();
     let mut batch = StepBatch::default();
     batch.push(token_ids, 0, &pages, None);

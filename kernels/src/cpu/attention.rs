@@ -25,6 +25,7 @@ const MAX_TASK_ROWS: usize = 16;
 pub(super) fn attention(
     isa: Isa,
     shape: &AttentionShape,
+    window: Option<u32>,
     batch: &StepBatch,
     qkv: &[f32],
     cache: &KvCache,
@@ -45,7 +46,7 @@ pub(super) fn attention(
     let out = SharedMut::new(out);
     tasks.par_iter().for_each_init(
         || Scratch::new(shape),
-        |scratch, task| isa.run(Attend { shape, task, qkv, cache, scratch, out }),
+        |scratch, task| isa.run(Attend { shape, window, task, qkv, cache, scratch, out }),
     );
 }
 
@@ -86,6 +87,7 @@ impl Scratch {
 
 struct Attend<'a> {
     shape: &'a AttentionShape,
+    window: Option<u32>,
     task: &'a Task<'a>,
     qkv: &'a [f32],
     cache: &'a KvCache,
@@ -98,7 +100,8 @@ impl Kernel for Attend<'_> {
     fn run<V: Lanes>(mut self) {
         self.start();
         let last = *self.task.positions.last().expect("a task has rows") as usize;
-        for tile_start in (0..=last).step_by(TILE_LEN) {
+        let first = self.first_visible(0) / TILE_LEN * TILE_LEN;
+        for tile_start in (first..=last).step_by(TILE_LEN) {
             let tile_len = TILE_LEN.min(last + 1 - tile_start);
             self.scores::<V>(tile_start, tile_len);
             self.softmax(tile_start);
@@ -114,6 +117,13 @@ impl Attend<'_> {
         self.task.positions.len() * self.shape.group_len()
     }
 
+    /// First position that a row sees.
+    #[inline(always)]
+    fn first_visible(&self, row: usize) -> usize {
+        let num_positions = self.task.positions[row] as usize + 1;
+        self.window.map_or(0, |window| num_positions.saturating_sub(window as usize))
+    }
+
     /// Start of a page's part of this head in the cache, in slots.
     #[inline(always)]
     fn page_start(&self, position: usize) -> usize {
@@ -124,7 +134,7 @@ impl Attend<'_> {
     #[inline(always)]
     fn start(&mut self) {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
-        let scale = self.shape.scale();
+        let scale = self.shape.scale;
         for row in 0..self.task.positions.len() {
             let from =
                 (self.task.first_row + row) * self.shape.qkv_len() + self.task.kv_head * group_len * head_dim;
@@ -173,21 +183,24 @@ impl Attend<'_> {
     #[inline(always)]
     fn softmax(&mut self, tile_start: usize) {
         let (head_dim, group_len) = (self.shape.head_dim, self.shape.group_len());
-        let Scratch { weights, sums, max, total, .. } = &mut *self.scratch;
-        let (weights, _) = weights.as_chunks_mut::<TILE_LEN>();
-        for (head_row, weights) in weights[..self.task.positions.len() * group_len].iter_mut().enumerate() {
+        for head_row in 0..self.head_rows() {
             let num_positions = self.task.positions[head_row / group_len] as usize + 1;
             let valid = num_positions.saturating_sub(tile_start).min(TILE_LEN);
-            if valid == 0 {
+            let hidden = self.first_visible(head_row / group_len).saturating_sub(tile_start).min(valid);
+            let Scratch { weights, sums, max, total, .. } = &mut *self.scratch;
+            let weights = &mut weights.as_chunks_mut::<TILE_LEN>().0[head_row];
+            if valid == hidden {
                 weights.fill(0.0);
                 continue;
             }
+            weights[..hidden].fill(f32::NEG_INFINITY);
             weights[valid..].fill(f32::NEG_INFINITY);
             let new_max = lane_max(weights, max[head_row]);
             let rescale = exp(max[head_row] - new_max);
             for weight in weights.iter_mut() {
                 *weight = exp(*weight - new_max);
             }
+            weights[..hidden].fill(0.0);
             weights[valid..].fill(0.0);
             total[head_row] = total[head_row].mul_add(rescale, lane_sum(weights));
             max[head_row] = new_max;

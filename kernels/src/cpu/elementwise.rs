@@ -31,6 +31,17 @@ pub(super) fn par_rows(
         .for_each(|(x, out)| each(x, out));
 }
 
+/// Calls `each` with blocks of whole rows of `x`.
+pub(super) fn par_rows_mut(x: &mut [f32], row_len: usize, each: impl Fn(&mut [f32]) + Send + Sync) {
+    let num_rows = x.len() / row_len;
+    assert_eq!(x.len(), num_rows * row_len);
+    let rows = rows_per_task(row_len, num_rows);
+    if rows >= num_rows {
+        return each(x);
+    }
+    x.par_chunks_mut(rows * row_len).for_each(each);
+}
+
 /// `e^x` to about two units in the last place; below -87 a tiny number, above 88 a huge one. NaN stays NaN.
 ///
 /// Written without calls and branches, so that loops over it become vector instructions.

@@ -31,7 +31,7 @@ impl Kernel for RmsNorm<'_> {
 
 /// One sum a lane, then the lanes in order.
 #[inline(always)]
-fn square_sum(x: &[f32]) -> f32 {
+pub(super) fn square_sum(x: &[f32]) -> f32 {
     let mut sums = [0.0f32; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {

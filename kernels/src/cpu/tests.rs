@@ -58,7 +58,7 @@ fn matrix<B: Backend>(backend: &B, weights: &[f32], num_inputs: usize) -> B::Mat
 
 fn linear<B: Backend>(backend: &B, x: &[f32], weights: &[f32], num_inputs: usize) -> Vec<f32> {
     let mut out = vec![f32::NAN; x.len() / num_inputs * (weights.len() / num_inputs)];
-    backend.linear(x, &matrix(backend, weights, num_inputs), &mut out);
+    backend.linear(&mut B::Scratch::default(), x, &matrix(backend, weights, num_inputs), &mut out);
     out
 }
 
@@ -153,6 +153,50 @@ fn silu_mul_equals_the_reference() {
 }
 
 #[test]
+fn gelu_mul_equals_the_reference() {
+    for (num_rows, len) in [(1, 1), (3, 33), (100, 200)] {
+        let gate_up: Vec<f32> = random(1, num_rows * 2 * len).iter().map(|x| x * 12.0).collect();
+        let mut expected = vec![0.0; num_rows * len];
+        Reference.gelu_mul(len, &gate_up, &mut expected);
+        check_op("gelu_mul", F32_TOLERANCE, expected, |cpu| {
+            let mut out = vec![f32::NAN; num_rows * len];
+            cpu.gelu_mul(len, &gate_up, &mut out);
+            out
+        });
+    }
+}
+
+#[test]
+fn add_bias_equals_the_reference() {
+    for (num_rows, len) in [(1, 1), (3, 33), (200, 100)] {
+        let (x, bias) = (random(1, num_rows * len), random(2, len));
+        let mut expected = x.clone();
+        Reference.add_bias(&bias, &mut expected);
+        check_op("add_bias", 0.0, expected, |cpu| {
+            let mut out = x.clone();
+            cpu.add_bias(&bias, &mut out);
+            out
+        });
+    }
+}
+
+#[test]
+fn head_norm_equals_the_reference() {
+    let shape = shape(16);
+    let weight = random(2, shape.head_dim);
+    for (num_rows, heads) in [(1, 0..6), (200, 0..6), (3, 6..8)] {
+        let qkv = random(1, num_rows * shape.qkv_len());
+        let mut expected = qkv.clone();
+        Reference.head_norm(&weight, 1e-5, &shape, heads.clone(), &mut expected);
+        check_op("head_norm", F32_TOLERANCE, expected, |cpu| {
+            let mut out = qkv.clone();
+            cpu.head_norm(&weight, 1e-5, &shape, heads.clone(), &mut out);
+            out
+        });
+    }
+}
+
+#[test]
 fn add_equals_the_reference() {
     let (x, y) = (random(1, 20_001), random(2, 20_001));
     let mut expected = x.clone();
@@ -165,13 +209,20 @@ fn add_equals_the_reference() {
 }
 
 fn shape(page_size: usize) -> AttentionShape {
-    AttentionShape { num_heads: 6, num_kv_heads: 2, head_dim: 32, page_size, num_pages: 4096 / page_size }
+    AttentionShape {
+        num_heads: 6,
+        num_kv_heads: 2,
+        head_dim: 32,
+        page_size,
+        num_pages: 4096 / page_size,
+        scale: 0.2,
+    }
 }
 
 #[test]
 fn rope_equals_the_reference() {
     let shape = shape(16);
-    let table = RopeTable::new(shape.head_dim, 10_000.0, 600);
+    let table = RopeTable::new(RopeTable::frequencies(shape.head_dim, 10_000.0), 600);
     let positions: Vec<u32> = (500..600).collect();
     let qkv = random(1, positions.len() * shape.qkv_len());
     let mut expected = qkv.clone();
@@ -184,7 +235,13 @@ fn rope_equals_the_reference() {
 }
 
 /// The queries, keys and values of some sequences, attended chunk by chunk; returns `[num_tokens, q_len]` by sequence.
-fn attend<B: Backend>(backend: &B, page_size: usize, seq_lens: &[usize], chunk_len: usize) -> Vec<f32> {
+fn attend<B: Backend>(
+    backend: &B,
+    page_size: usize,
+    window: Option<u32>,
+    seq_lens: &[usize],
+    chunk_len: usize,
+) -> Vec<f32> {
     let shape = shape(page_size);
     let mut cache = backend.kv_cache(&shape);
     let qkv: Vec<Vec<f32>> =
@@ -205,7 +262,8 @@ fn attend<B: Backend>(backend: &B, page_size: usize, seq_lens: &[usize], chunk_l
         }
         let mut out = vec![f32::NAN; batch.num_tokens() * shape.q_len()];
         backend.store_kv(&shape, &batch, &batch_qkv, &mut cache);
-        backend.attention(&shape, &batch, &batch_qkv, &cache, &mut out);
+        let mut scratch = B::Scratch::default();
+        backend.attention(&mut scratch, &shape, window, &batch, &batch_qkv, &cache, &mut out);
         for (index, &seq) in active.iter().enumerate() {
             let rows = batch.rows(index);
             outs[seq].extend_from_slice(&out[rows.start * shape.q_len()..rows.end * shape.q_len()]);
@@ -214,24 +272,29 @@ fn attend<B: Backend>(backend: &B, page_size: usize, seq_lens: &[usize], chunk_l
     outs.concat()
 }
 
+const WINDOWS: [Option<u32>; 5] = [None, Some(1), Some(20), Some(64), Some(129)];
+
 #[test]
 fn attention_equals_the_reference() {
     for seq_lens in [&[1][..], &[17, 1, 64, 65], &[130, 3], &[300]] {
-        let expected = attend(&Reference, 16, seq_lens, 1000);
-        check_op(&format!("attention {seq_lens:?}"), F16_TOLERANCE, expected, |cpu| {
-            attend(cpu, 16, seq_lens, 1000)
-        });
+        for window in WINDOWS {
+            let expected = attend(&Reference, 16, window, seq_lens, 1000);
+            check_op(&format!("attention {seq_lens:?} {window:?}"), F16_TOLERANCE, expected, |cpu| {
+                attend(cpu, 16, window, seq_lens, 1000)
+            });
+        }
     }
 }
 
 #[test]
 fn attention_does_not_depend_on_chunks_and_pages() {
     let seq_lens = [150, 33, 64, 1, 200];
-    for cpu in backends() {
-        let expected = bits(&attend(&cpu, 16, &seq_lens, 1000));
+    for (cpu, window) in backends().iter().flat_map(|cpu| WINDOWS.map(|window| (cpu, window))) {
+        let expected = bits(&attend(cpu, 16, window, &seq_lens, 1000));
         for (page_size, chunk_len) in [(16, 1), (16, 7), (32, 64), (64, 50), (128, 33), (16, 16)] {
-            let actual = bits(&attend(&cpu, page_size, &seq_lens, chunk_len));
-            assert!(actual == expected, "pages of {page_size}, chunks of {chunk_len} on {:?}", cpu.isa);
+            let actual = bits(&attend(cpu, page_size, window, &seq_lens, chunk_len));
+            let what = format!("pages of {page_size}, chunks of {chunk_len}, {window:?} on {:?}", cpu.isa);
+            assert!(actual == expected, "{what}");
         }
     }
 }

@@ -64,16 +64,18 @@ fn with_tensors(mut builder: Builder) -> Builder {
 fn check(builder: Builder, expected: Expect) {
     let gguf = builder.open().unwrap();
     expected.assert_eq(
-        &LlamaWeights::load(&gguf, NumericPath::Fast).expect_err("the model is wrong").to_string(),
+        &ModelWeights::load(&Checkpoint::Gguf(gguf), NumericPath::Fast)
+            .expect_err("the model is wrong")
+            .to_string(),
     );
 }
 
-fn weights(path: NumericPath) -> Arc<LlamaWeights> {
-    LlamaWeights::load(&with_tensors(metadata()).open().unwrap(), path).unwrap()
+fn weights(path: NumericPath) -> Arc<ModelWeights> {
+    ModelWeights::load(&Checkpoint::Gguf(with_tensors(metadata()).open().unwrap()), path).unwrap()
 }
 
-fn llama(path: NumericPath) -> Llama {
-    Llama::new(weights(path), KvConfig { page_size: 16, num_pages: 8 }, 2, "tiny", "abc").unwrap()
+fn transformer(path: NumericPath) -> Transformer {
+    Transformer::new(weights(path), KvConfig { page_size: 16, num_pages: 8 }, 2, "tiny", "abc").unwrap()
 }
 
 fn batch(token_ids: &[u32]) -> StepBatch {
@@ -86,7 +88,7 @@ const TOKENS: [u32; 20] = [1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 3, 7
 
 #[test]
 fn paths_agree_and_say_who_they_are() {
-    let (mut reference, mut fast) = (llama(NumericPath::Reference), llama(NumericPath::Fast));
+    let (mut reference, mut fast) = (transformer(NumericPath::Reference), transformer(NumericPath::Fast));
     assert_eq!(reference.info().digest, format!("abc-reference-f32-v{ENGINE_VERSION}"));
     assert_eq!(fast.info().digest, format!("abc-cpu-f16-v{ENGINE_VERSION}"));
     assert_eq!(fast.info().eos_token_ids, [2]);
@@ -102,8 +104,8 @@ fn models_share_weights_but_not_caches() {
     let weights = weights(NumericPath::Fast);
     assert_eq!(weights.kv_bytes_per_token(), 2 * 2 * 2 * KV_LEN as u64);
     let kv = KvConfig { page_size: 16, num_pages: 8 };
-    let mut models: Vec<Llama> =
-        (0..2).map(|i| Llama::new(Arc::clone(&weights), kv, 1 + i, "tiny", "abc").unwrap()).collect();
+    let mut models: Vec<Transformer> =
+        (0..2).map(|i| Transformer::new(Arc::clone(&weights), kv, 1 + i, "tiny", "abc").unwrap()).collect();
     let expected = models[0].step(&batch(&TOKENS)).unwrap();
     models[1].step(&batch(&TOKENS[3..])).unwrap();
     assert_eq!(models[1].step(&batch(&TOKENS)).unwrap(), expected);
@@ -111,7 +113,7 @@ fn models_share_weights_but_not_caches() {
 
 #[test]
 fn only_asked_rows_are_sampled() {
-    let mut model = llama(NumericPath::Fast);
+    let mut model = transformer(NumericPath::Fast);
     let mut batch = batch(&TOKENS);
     batch.push(&TOKENS[5..], 0, &[PageId(0)], None);
     batch.push(&TOKENS, 0, &[PageId(5), PageId(6)], Some(SamplingParams::GREEDY));
@@ -125,7 +127,7 @@ fn only_asked_rows_are_sampled() {
 fn a_sampling_error_fails_the_step() {
     let mut batch = batch(&TOKENS);
     batch.sampling[0] = Some(SamplingParams { temperature: f32::NAN, ..SamplingParams::GREEDY });
-    let error = llama(NumericPath::Fast).step(&batch).unwrap_err();
+    let error = transformer(NumericPath::Fast).step(&batch).unwrap_err();
     expect!["model step failed: sequence 0 of the batch: the temperature is not a number of at least zero"]
         .assert_eq(&error.to_string());
 }
@@ -135,24 +137,26 @@ fn caches_that_cannot_be_are_errors() {
     let weights = weights(NumericPath::Fast);
     for (page_size, num_pages) in [(8, 4), (24, 4), (1 << 20, 4), (16, 0)] {
         let kv = KvConfig { page_size, num_pages };
-        assert!(Llama::new(Arc::clone(&weights), kv, 1, "tiny", "").is_err(), "{kv:?}");
+        assert!(Transformer::new(Arc::clone(&weights), kv, 1, "tiny", "").is_err(), "{kv:?}");
     }
 }
 
 #[test]
 fn wrong_metadata_is_refused() {
     check(
-        Builder::new().str("general.architecture", "qwen2"),
-        expect![[r#"model file "test.gguf" is of the family "qwen2", known is "llama""#]],
+        Builder::new().str("general.architecture", "gpt2"),
+        expect![[
+            r#"model file "test.gguf" is of the family "gpt2", known are llama, qwen2, qwen3, qwen3moe, gemma3"#
+        ]],
     );
     check(
         Builder::new().str("general.architecture", "llama"),
-        expect![[r#"model file "test.gguf" has no metadata key "llama.attention.head_count""#]],
+        expect![[r#"model file "test.gguf" has no metadata key "tokenizer.ggml.tokens""#]],
     );
     check(
         with_tensors(metadata().str("llama.rope.scaling.type", "yarn")),
         expect![[
-            r#"model file "test.gguf" has "yarn" under metadata key "llama.rope.scaling.type", expected "none", other positions are not supported"#
+            r#"model file "test.gguf" has "yarn" under metadata key "llama.rope.scaling.type", expected "none" or "linear""#
         ]],
     );
     check(
@@ -180,6 +184,50 @@ fn wrong_metadata_is_refused() {
 }
 
 #[test]
+fn experts_must_all_be_there() {
+    let metadata = || {
+        Builder::new()
+            .str("general.architecture", "qwen3moe")
+            .u32("qwen3moe.vocab_size", VOCAB as u32)
+            .u32("qwen3moe.block_count", 1)
+            .u32("qwen3moe.context_length", 128)
+            .u32("qwen3moe.embedding_length", HIDDEN as u32)
+            .u32("qwen3moe.expert_feed_forward_length", INTERMEDIATE as u32)
+            .u32("qwen3moe.attention.head_count", 2)
+            .f32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-5)
+            .u32("qwen3moe.expert_count", 4)
+    };
+    check(
+        metadata().u32("qwen3moe.expert_used_count", 5),
+        expect![[
+            r#"model file "test.gguf" has 5 under metadata key "qwen3moe.expert_used_count", expected a number from 1 to 4"#
+        ]],
+    );
+    let mut builder = metadata().u32("qwen3moe.expert_used_count", 2);
+    for (name, shape) in [
+        ("token_embd.weight", &[VOCAB, HIDDEN][..]),
+        ("output_norm.weight", &[HIDDEN]),
+        ("blk.0.attn_norm.weight", &[HIDDEN]),
+        ("blk.0.attn_q_norm.weight", &[HIDDEN / 2]),
+        ("blk.0.attn_k_norm.weight", &[HIDDEN / 2]),
+        ("blk.0.attn_q.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.attn_k.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.attn_v.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.attn_output.weight", &[HIDDEN, HIDDEN]),
+        ("blk.0.ffn_norm.weight", &[HIDDEN]),
+        ("blk.0.ffn_gate_exps.weight", &[3, INTERMEDIATE, HIDDEN]),
+    ] {
+        builder = tensor(builder, name, shape);
+    }
+    check(
+        builder,
+        expect![[
+            r#"tensor "blk.0.ffn_gate_exps.weight" of model file "test.gguf" has the shape [3, 48, 32], expected [4, 48, 32]"#
+        ]],
+    );
+}
+
+#[test]
 fn wrong_tensors_are_refused() {
     check(metadata(), expect![[r#"model file "test.gguf" has no tensor "token_embd.weight""#]]);
     check(
@@ -197,5 +245,11 @@ fn wrong_tensors_are_refused() {
     check(
         tensor(with_tensors(metadata()), "blk.0.attn_q.bias", &[HIDDEN]),
         expect![[r#"tensor "blk.0.attn_q.bias" of model file "test.gguf" is not part of the llama family"#]],
+    );
+    check(
+        with_tensors(metadata()).tensor("rope_freqs.weight", &[8], &[0.0; 8]),
+        expect![[
+            r#"tensor "rope_freqs.weight" of model file "test.gguf" holds a number that is not finite"#
+        ]],
     );
 }

@@ -3,12 +3,14 @@
 use rayon::prelude::*;
 
 use super::KvCache;
+use super::linear::dot;
 use crate::backend::AttentionShape;
 use crate::step::StepBatch;
 
 /// `qkv`: `[num_tokens, qkv_len]`, `out`: `[num_tokens, num_heads, head_dim]`
 pub(super) fn attention(
     shape: &AttentionShape,
+    window: Option<u32>,
     batch: &StepBatch,
     qkv: &[f32],
     cache: &KvCache,
@@ -18,8 +20,9 @@ pub(super) fn attention(
         (0..batch.num_seqs()).flat_map(|seq| batch.rows(seq).map(move |_| seq)).collect();
     out.par_chunks_exact_mut(shape.q_len()).enumerate().for_each(|(row, out)| {
         let num_positions = batch.positions[row] as usize + 1;
+        let first = window.map_or(0, |window| num_positions.saturating_sub(window as usize));
         let slots: Vec<usize> =
-            (0..num_positions).map(|position| shape.slot(batch, seq_of_row[row], position)).collect();
+            (first..num_positions).map(|position| shape.slot(batch, seq_of_row[row], position)).collect();
         let queries = &qkv[row * shape.qkv_len()..row * shape.qkv_len() + shape.q_len()];
         let heads = queries.chunks_exact(shape.head_dim).zip(out.chunks_exact_mut(shape.head_dim));
         for (head, (query, out)) in heads.enumerate() {
@@ -41,8 +44,8 @@ fn attend(
         let start = (slot * shape.num_kv_heads + kv_head) * shape.head_dim;
         start..start + shape.head_dim
     };
-    let dot = |key: &[f32]| query.iter().zip(key).map(|(q, k)| q * k).sum::<f32>();
-    let scores: Vec<f32> = slots.iter().map(|&slot| dot(&cache.keys[range(slot)]) * shape.scale()).collect();
+    let scores: Vec<f32> =
+        slots.iter().map(|&slot| dot(query, &cache.keys[range(slot)]) * shape.scale).collect();
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f32> = scores.iter().map(|score| (score - max).exp()).collect();
     let total: f32 = weights.iter().sum();

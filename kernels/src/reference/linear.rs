@@ -25,7 +25,7 @@ pub(super) fn linear(x: &[f32], weight: &Matrix, out: &mut [f32]) {
     }
 }
 
-fn dot(x: &[f32], y: &[f32]) -> f32 {
+pub(super) fn dot(x: &[f32], y: &[f32]) -> f32 {
     let mut sums = [0.0f32; NUM_SUMS];
     let (x_chunks, x_rest) = x.as_chunks::<NUM_SUMS>();
     let (y_chunks, y_rest) = y.as_chunks::<NUM_SUMS>();

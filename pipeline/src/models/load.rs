@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use tidemill_kernels::gguf::Gguf;
 use tidemill_kernels::models::ModelError;
+use tidemill_kernels::models::checkpoint::Checkpoint;
 use tidemill_kernels::models::fake::{FakeConfig, FakeModel};
-use tidemill_kernels::models::llama::{KvConfig, Llama};
-use tidemill_kernels::models::weights::{LlamaWeights, NumericPath};
+use tidemill_kernels::models::transformer::{KvConfig, Transformer};
+use tidemill_kernels::models::weights::{ModelWeights, NumericPath};
 use tidemill_kernels::step::Model;
 use tidemill_operators::chat::ChatTemplate;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
@@ -64,7 +65,7 @@ impl LoadError {
 
 enum Weights {
     Fake,
-    Llama { weights: Arc<LlamaWeights>, digest: String },
+    Real { weights: Arc<ModelWeights>, digest: String },
 }
 
 /// A model's weights and text side, in memory.
@@ -108,8 +109,8 @@ pub fn load(plan: &Plan, say: &dyn Fn(&str)) -> Result<LoadedModel, LoadError> {
         Device::Auto | Device::Cpu => NumericPath::Fast,
         Device::Reference => NumericPath::Reference,
     };
-    let weights = LlamaWeights::load(&gguf, numeric_path).map_err(model_error)?;
-    Ok(LoadedModel { name, weights: Weights::Llama { weights, digest }, text })
+    let weights = ModelWeights::load(&Checkpoint::Gguf(gguf), numeric_path).map_err(model_error)?;
+    Ok(LoadedModel { name, weights: Weights::Real { weights, digest }, text })
 }
 
 impl LoadedModel {
@@ -117,14 +118,14 @@ impl LoadedModel {
     pub fn engines(self, plan: &EnginePlan, num_workers: usize) -> Result<Engines, LoadError> {
         let bytes_per_token = match &self.weights {
             Weights::Fake => FAKE_KV_BYTES_PER_TOKEN,
-            Weights::Llama { weights, .. } => weights.kv_bytes_per_token(),
+            Weights::Real { weights, .. } => weights.kv_bytes_per_token(),
         };
         let page_bytes = bytes_per_token * u64::from(plan.page_size);
         let num_pages = plan.kv_cache_bytes / num_workers as u64 / page_bytes;
         // More pages than all sequences at full length can use would never be touched.
         let max_position = match &self.weights {
             Weights::Fake => FAKE_MAX_POSITION,
-            Weights::Llama { weights, .. } => weights.config.max_position,
+            Weights::Real { weights, .. } => weights.config.max_position,
         };
         let useful = u64::from(plan.max_num_seqs + 1) * u64::from(max_position.div_ceil(plan.page_size));
         let num_pages = num_pages.min(useful).min(u64::from(u32::MAX)) as u32;
@@ -170,9 +171,9 @@ impl LoadedModel {
                     delay_per_token: Duration::from_micros(delay),
                 })))
             }
-            Weights::Llama { weights, digest } => {
+            Weights::Real { weights, digest } => {
                 let kv = KvConfig { page_size, num_pages };
-                let model = Llama::new(Arc::clone(weights), kv, num_threads, &self.name, digest);
+                let model = Transformer::new(Arc::clone(weights), kv, num_threads, &self.name, digest);
                 let model = model.map_err(|source| LoadError::Model {
                     name: self.name.clone(),
                     source: Box::new(source),
