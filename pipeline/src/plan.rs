@@ -17,7 +17,7 @@ use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::template::Template;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
-use crate::models::catalogue::{ModelRef, resolve};
+use crate::models::catalogue::{ModelRef, OTHER_NAMES, resolve};
 use crate::spec::{
     Budget, Definition, Device, FilesSpec, GenerateSpec, PathSpec, SinkSpec, SourceSpec, Spanned, SpecError,
     StepSpec, TargetSpec,
@@ -183,7 +183,7 @@ fn model(definition: &Definition) -> Result<ModelRef> {
         Ok(model) => Ok(model),
         Err(nearest) => Err(fail(
             format!("no model {:?}", name.value),
-            format!("known are: {}; or give the path of a .gguf file", nearest.join(", ")),
+            format!("known are: {}; or {OTHER_NAMES}", nearest.join(", ")),
         )),
     }
 }
