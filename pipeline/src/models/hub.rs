@@ -36,7 +36,7 @@ pub enum HubError {
     #[error("no folder for models of the hub: neither HF_HOME, XDG_CACHE_HOME nor HOME is set")]
     NoCache,
     #[error("model {name} is not here, and HF_HUB_OFFLINE forbids to fetch it")]
-    Offline { name: HubName },
+    Offline { name: String },
     #[error("cannot reach the hub at {endpoint}")]
     Unreachable {
         endpoint: String,
@@ -44,13 +44,13 @@ pub enum HubError {
         source: Box<ureq::Error>,
     },
     #[error("the hub at {endpoint} refuses model {name}: HTTP status {status}")]
-    Refused { endpoint: String, name: HubName, status: u16 },
+    Refused { endpoint: String, name: String, status: u16 },
     #[error("the answer of the hub at {endpoint} is not readable: {what}")]
     Answer { endpoint: String, what: String },
     #[error("model {name} of the hub has no {what}")]
-    Lacks { name: HubName, what: &'static str },
-    #[error("file {file:?} of model {name} came with {what} {found}, not {expected}")]
-    Corrupt { name: HubName, file: String, what: &'static str, found: String, expected: String },
+    Lacks { name: String, what: &'static str },
+    #[error("file {file:?} of model {name} came with {what}")]
+    Corrupt { name: String, file: String, what: String },
     #[error("cannot {action} {path}")]
     Io {
         action: &'static str,
@@ -200,7 +200,7 @@ impl Hub {
             return Ok(found);
         }
         if self.is_offline {
-            return Err(HubError::Offline { name: name.clone() });
+            return Err(HubError::Offline { name: name.to_string() });
         }
         let agent = agent();
         let info = self.info(&agent, name)?;
@@ -212,7 +212,7 @@ impl Hub {
             (has_weights, WEIGHTS_FILE),
         ] {
             if !has {
-                return Err(HubError::Lacks { name: name.clone(), what });
+                return Err(HubError::Lacks { name: name.to_string(), what });
             }
         }
         let license = info.tags.iter().find_map(|tag| tag.strip_prefix("license:")).unwrap_or("not named");
@@ -234,7 +234,7 @@ impl Hub {
         }
         match is_complete(&folder) {
             true => Ok(Snapshot { folder, commit: info.sha }),
-            false => Err(HubError::Lacks { name: name.clone(), what: "shards that its index names" }),
+            false => Err(HubError::Lacks { name: name.to_string(), what: "shards that its index names" }),
         }
     }
 
@@ -319,7 +319,7 @@ impl Hub {
         }
         request.call().map_err(|error| match error {
             ureq::Error::StatusCode(status) => {
-                HubError::Refused { endpoint: self.endpoint.clone(), name: name.clone(), status }
+                HubError::Refused { endpoint: self.endpoint.clone(), name: name.to_string(), status }
             }
             error => self.unreachable(error),
         })
@@ -352,19 +352,13 @@ fn write_verified(
     let body = io::Read::take(answer.into_body().into_reader(), limit.saturating_add(1));
     let bytes = copy_hashed(body, &mut to, &mut [&mut hasher]).map_err(io_error("fetch to", partial))?;
     to.sync_all().map_err(io_error("write", partial))?;
-    let corrupt = |what, found, expected| HubError::Corrupt {
-        name: name.clone(),
-        file: file.rfilename.clone(),
-        what,
-        found,
-        expected,
-    };
-    if file.size.is_some_and(|size| size != bytes) {
-        return Err(corrupt("a length of", bytes.to_string(), limit.to_string()));
+    let corrupt = |what| HubError::Corrupt { name: name.to_string(), file: file.rfilename.clone(), what };
+    if let Some(size) = file.size.filter(|&size| size != bytes) {
+        return Err(corrupt(format!("{bytes} bytes or more, not {size}")));
     }
     let found = hex(&hasher.finalize());
     match &file.lfs {
-        Some(lfs) if lfs.sha256 != found => Err(corrupt("the SHA-256", found, lfs.sha256.clone())),
+        Some(lfs) if lfs.sha256 != found => Err(corrupt(format!("the SHA-256 {found}, not {}", lfs.sha256))),
         _ => Ok(()),
     }
 }
