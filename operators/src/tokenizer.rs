@@ -52,6 +52,8 @@ struct Parts {
     /// Without added tokens.
     core: tokenizers::Tokenizer,
     added: Vec<AddedToken>,
+    /// One more than the largest id of `core`.
+    num_ids: u32,
     /// The token every prompt begins with, if there is one.
     bos: Option<u32>,
     /// No token stands for more bytes of text.
@@ -144,14 +146,15 @@ impl Tokenizer {
     ///
     /// Some folders name tokens that only a larger sibling of their model has.
     pub fn fit(mut self, vocab_size: u32) -> Result<Self, TokenizerError> {
-        self.parts.added.retain(|token| token.id < vocab_size);
-        let ids = self.parts.core.get_vocab(false);
-        let beyond = |token: &(&String, &u32)| *token.1 >= vocab_size;
-        if let Some((token, id)) = ids.iter().find(beyond) {
-            return Err(TokenizerError(format!(
-                "token {token:?} has the id {id}, but the model knows {vocab_size} ids"
-            )));
+        if self.parts.num_ids > vocab_size {
+            let num_ids = self.parts.num_ids;
+            let what = format!("they have {num_ids} token ids, but the model knows {vocab_size}");
+            return Err(TokenizerError(what));
         }
+        if self.parts.added.iter().all(|token| token.id < vocab_size) {
+            return Ok(self);
+        }
+        self.parts.added.retain(|token| token.id < vocab_size);
         self.parts.bos = self.parts.bos.filter(|&bos| bos < vocab_size);
         Self::new(self.parts)
     }

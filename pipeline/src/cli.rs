@@ -1,6 +1,5 @@
 //! The command line: what it takes, and what each command prints.
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,12 +7,12 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
-use tidemill_kernels::gguf::Gguf;
 
 use crate::bench::{Bench, BenchError, bench};
 use crate::explain::{ExplainError, explain, graph};
-use crate::models::catalogue::{CATALOGUE, FAKE, ModelRef, resolve};
-use crate::models::pull::{PullError, pull, verified};
+use crate::models::catalogue::{ModelRef, OTHER_NAMES, resolve};
+use crate::models::load::{LoadError, fetched};
+use crate::models::show::{inspect, list};
 use crate::plan::{Checked, check};
 use crate::run::{Outcome, RunError, RunOptions, run, stop_on_signal};
 use crate::spec::{Definition, SpecError};
@@ -122,9 +121,7 @@ pub enum CliError {
     #[error(transparent)]
     Bench(#[from] BenchError),
     #[error(transparent)]
-    Pull(#[from] PullError),
-    #[error(transparent)]
-    Gguf(#[from] tidemill_kernels::gguf::GgufError),
+    Load(#[from] LoadError),
     #[error("no model {name:?}")]
     UnknownModel { name: String, nearest: String },
     #[error("cannot handle signals")]
@@ -160,13 +157,13 @@ impl CliError {
             Self::Run(error) => error.help(),
             Self::Explain(error) => error.help(),
             Self::Bench(error) => error.help(),
-            Self::Pull(error) => Some(error.help()),
+            Self::Load(error) => error.help(),
             Self::UnknownModel { nearest, .. } => Some(format!("known are: {nearest}")),
             Self::OverBudget { .. } => {
                 Some("look at the errors sink for the reasons; what was finished is kept".to_owned())
             }
             Self::Interrupted => Some("run the same command again to go on".to_owned()),
-            Self::Gguf(_) | Self::Signal(_) | Self::Write { .. } => None,
+            Self::Signal(_) | Self::Write { .. } => None,
         }
     }
 }
@@ -253,64 +250,19 @@ fn explain_command(args: &ExplainArgs) -> Result<(), CliError> {
 fn models_command(command: ModelsCommand) -> Result<(), CliError> {
     match command {
         ModelsCommand::List => print(&list()),
-        ModelsCommand::Pull { name, force } => match model(&name)? {
-            ModelRef::Catalogued(entry) => {
-                let path = pull(entry, force, &|what| eprintln!("{what} …"))?;
-                print(&format!("{name} is at {}\n", path.display()))
+        ModelsCommand::Pull { name, force } => {
+            match fetched(&model(&name)?, force, &|what| eprintln!("{what} …"))? {
+                Some(path) => print(&format!("{name} is at {}\n", path.display())),
+                None => print(&format!("{name} needs no fetching\n")),
             }
-            ModelRef::Fake | ModelRef::File(_) => print(&format!("{name} needs no fetching\n")),
-        },
-        ModelsCommand::Inspect { name } => inspect(&name),
+        }
+        ModelsCommand::Inspect { name } => print(&inspect(&name, &model(&name)?)?),
     }
-}
-
-fn list() -> String {
-    let mut text = String::new();
-    for entry in CATALOGUE {
-        let here = if verified(entry).is_ok() { "here" } else { "not fetched" };
-        let size = entry.bytes / 1_000_000;
-        let _ = writeln!(
-            text,
-            "{:<24} {here:<12} {size:>5} MB  {:<18} {}",
-            entry.name, entry.license, entry.about
-        );
-    }
-    let about = "answers without weights, for trying a pipeline";
-    let _ = writeln!(text, "{FAKE:<24} {:<12} {:>8}  {:<18} {about}", "built in", "", "");
-    text
 }
 
 fn model(name: &str) -> Result<ModelRef, CliError> {
     resolve(name, Path::new("")).map_err(|nearest| CliError::UnknownModel {
         name: name.to_owned(),
-        nearest: format!("{}; or the path of a .gguf file", nearest.join(", ")),
+        nearest: format!("{}; or {OTHER_NAMES}", nearest.join(", ")),
     })
-}
-
-fn inspect(name: &str) -> Result<(), CliError> {
-    let mut text = String::new();
-    let path = match model(name)? {
-        ModelRef::Fake => return print("fake is built in and has no file\n"),
-        ModelRef::Catalogued(entry) => {
-            let path = verified(entry)?;
-            let (about, license, sha256) = (entry.about, entry.license, entry.sha256);
-            let _ = writeln!(
-                text,
-                "{:<24}{about}\n{:<24}{license}\n{:<24}{sha256}",
-                "about", "license", "sha256"
-            );
-            path
-        }
-        ModelRef::File(path) => path,
-    };
-    let gguf = Gguf::open(&path)?;
-    let _ = writeln!(text, "{:<24}{}\n{:<24}GGUF {}", "file", path.display(), "format", gguf.version);
-    for (key, value) in &gguf.metadata {
-        let _ = writeln!(text, "{key:<48}{}", value.describe());
-    }
-    for tensor in gguf.tensor_names() {
-        let view = gguf.tensor(tensor)?;
-        let _ = writeln!(text, "{tensor:<48}{:?} {:?}", view.dtype, view.shape);
-    }
-    print(&text)
 }

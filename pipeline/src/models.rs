@@ -1,5 +1,8 @@
 //! Models by name: which there are, fetching them, and making engines of them.
 
 pub mod catalogue;
+pub mod folder;
+pub mod hub;
 pub mod load;
 pub mod pull;
+pub mod show;

@@ -20,7 +20,7 @@ use tidemill_operators::template::Template;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
 use self::device::Devices;
-use crate::models::catalogue::{ModelRef, resolve};
+use crate::models::catalogue::{ModelRef, OTHER_NAMES, resolve};
 use crate::spec::{
     Budget, Definition, FilesSpec, GenerateSpec, PathSpec, SinkSpec, SourceSpec, Spanned, SpecError,
     StepSpec, TargetSpec,
@@ -198,7 +198,7 @@ fn model(definition: &Definition) -> Result<ModelRef> {
         Ok(model) => Ok(model),
         Err(nearest) => Err(fail(
             format!("no model {:?}", name.value),
-            format!("known are: {}; or give the path of a .gguf file", nearest.join(", ")),
+            format!("known are: {}; or {OTHER_NAMES}", nearest.join(", ")),
         )),
     }
 }

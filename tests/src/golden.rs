@@ -11,10 +11,9 @@ use tidemill_kernels::step::{Model, PageId, SamplingParams, StepBatch};
 
 /// Relative to the norm, and to the largest logit: f32 on both sides, summed in another order.
 pub const REFERENCE_TOLERANCE: f64 = 1e-3;
-/// The fast path on a trained model: weights, keys and values rounded to f16.
-pub const FAST_TOLERANCE: f64 = 2e-3;
-/// The fast path on a random model, whose few and short sums do not average the rounding out.
-pub const TINY_FAST_TOLERANCE: f64 = 1e-2;
+/// The fast path rounds everything that meets in a product to bytes: single logits move by some percent of the
+/// largest one, without a bias. What that costs in quality is held by the test of perplexity.
+pub const FAST_TOLERANCE: f64 = 0.1;
 
 #[derive(Deserialize)]
 pub struct Golden {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use tidemill_kernels::models::{Checkpoint, Family, ModelWeights, NumericPath};
-use tidemill_tests::golden::{Golden, OTHER_SCHEDULES, REFERENCE_TOLERANCE, TINY_FAST_TOLERANCE};
+use tidemill_tests::golden::{FAST_TOLERANCE, Golden, OTHER_SCHEDULES, REFERENCE_TOLERANCE};
 use tidemill_tests::workspace;
 
 /// Folder, family, and whether there is a GGUF file with the same weights.
@@ -47,7 +47,7 @@ fn reference_path_equals_transformers() {
 
 #[test]
 fn fast_path_equals_transformers() {
-    check_all(NumericPath::Fast, TINY_FAST_TOLERANCE);
+    check_all(NumericPath::Fast, FAST_TOLERANCE);
 }
 
 #[test]

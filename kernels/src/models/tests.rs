@@ -90,19 +90,20 @@ const TOKENS: [u32; 20] = [1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 3, 7
 fn paths_agree_and_say_who_they_are() {
     let (mut reference, mut fast) = (transformer(NumericPath::Reference), transformer(NumericPath::Fast));
     assert_eq!(reference.info().digest, format!("abc-reference-f32-v{ENGINE_VERSION}"));
-    assert_eq!(fast.info().digest, format!("abc-cpu-f16-v{ENGINE_VERSION}"));
+    assert_eq!(fast.info().digest, format!("abc-cpu-int8-v{ENGINE_VERSION}"));
     assert_eq!(fast.info().eos_token_ids, [2]);
     let (expected, actual) = (reference.logits(&batch(&TOKENS)), fast.logits(&batch(&TOKENS)));
     let scale = expected.iter().fold(0.0f32, |max, logit| max.max(logit.abs()));
     for (expected, actual) in expected.iter().zip(&actual) {
-        assert!((expected - actual).abs() < 5e-3 * scale, "{expected} and {actual}");
+        assert!((expected - actual).abs() < 5e-2 * scale, "{expected} and {actual}");
     }
 }
 
 #[test]
 fn models_share_weights_but_not_caches() {
     let weights = weights(NumericPath::Fast);
-    assert_eq!(weights.kv_bytes_per_token(), 2 * 2 * 2 * KV_LEN as u64);
+    // Keys and values of two layers: a byte a number, and a scale for the one head.
+    assert_eq!(weights.kv_bytes_per_token(), 2 * 2 * (KV_LEN + 4) as u64);
     let kv = KvConfig { page_size: 16, num_pages: 8 };
     let mut models: Vec<Transformer> =
         (0..2).map(|i| Transformer::new(Arc::clone(&weights), kv, 1 + i, "tiny", "abc").unwrap()).collect();

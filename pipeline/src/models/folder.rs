@@ -1,0 +1,97 @@
+//! The files of a Hugging Face folder that make a model, and a digest over them.
+//!
+//! Invariant: the digest changes with every byte that may change an answer. Other files of the folder are left alone.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::pull::{PullError, hex, io_error, sha256};
+
+pub const CONFIG_FILE: &str = "config.json";
+pub(super) const TOKENIZER_FILE: &str = "tokenizer.json";
+pub(super) const WEIGHTS_FILE: &str = "model.safetensors";
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The small files, where a folder has them.
+const TEXT_FILES: [&str; 6] = [
+    CONFIG_FILE,
+    "generation_config.json",
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    INDEX_FILE,
+];
+
+/// Of a folder's file names, those that make the model, in order.
+pub(super) fn model_files<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let names: BTreeSet<&str> = names.into_iter().collect();
+    let is_sharded = !names.contains(WEIGHTS_FILE);
+    let is_shard = |name: &str| {
+        is_sharded && name.starts_with("model-") && name.ends_with(".safetensors") && !name.contains('/')
+    };
+    names
+        .into_iter()
+        .filter(|&name| TEXT_FILES.contains(&name) || name == WEIGHTS_FILE || is_shard(name))
+        .collect()
+}
+
+/// Whether everything is there that a model needs.
+pub(super) fn is_complete(folder: &Path) -> bool {
+    let has = |name: &str| folder.join(name).is_file();
+    has(CONFIG_FILE)
+        && has(TOKENIZER_FILE)
+        && (has(WEIGHTS_FILE) || shards(folder).is_some_and(|names| names.iter().all(|name| has(name))))
+}
+
+/// The shards that the index names; none without a readable index.
+fn shards(folder: &Path) -> Option<BTreeSet<String>> {
+    let index: Value = serde_json::from_slice(&fs::read(folder.join(INDEX_FILE)).ok()?).ok()?;
+    let names = index["weight_map"].as_object()?.values();
+    names.map(|name| name.as_str().map(str::to_owned)).collect()
+}
+
+/// Hex SHA-256 over the names and contents of the files that make the model.
+pub fn digest(folder: &Path) -> Result<String, PullError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io_error("read", folder))? {
+        // A name that is not UTF-8 is none of the model's.
+        names.extend(entry.map_err(io_error("read", folder))?.file_name().into_string().ok());
+    }
+    let mut hasher = Sha256::new();
+    for name in model_files(names.iter().map(String::as_str)) {
+        hasher.update(format!("{name} {}\n", sha256(&folder.join(name))?));
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_digest_covers_what_makes_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+        write(CONFIG_FILE, "{}");
+        write(WEIGHTS_FILE, "weights");
+        let before = digest(folder.path()).unwrap();
+        assert!(!is_complete(folder.path()), "there is no tokenizer");
+        write("README.md", "other");
+        write("model-00001-of-00001.safetensors", "not used beside a single file");
+        assert_eq!(digest(folder.path()).unwrap(), before);
+        write(TOKENIZER_FILE, "{}");
+        assert!(is_complete(folder.path()));
+        assert_ne!(digest(folder.path()).unwrap(), before);
+        fs::remove_file(folder.path().join(WEIGHTS_FILE)).unwrap();
+        write(
+            INDEX_FILE,
+            r#"{"weight_map":{"a":"model-00001-of-00001.safetensors","b":"model-2.safetensors"}}"#,
+        );
+        assert!(!is_complete(folder.path()));
+        write("model-2.safetensors", "");
+        assert!(is_complete(folder.path()));
+    }
+}
