@@ -142,6 +142,11 @@ impl Tokenizer {
         tables.build().expect("the byte alphabet is a vocabulary")
     }
 
+    /// The token that stands before every prompt, if the model wants one.
+    pub fn bos(&self) -> Option<u32> {
+        self.parts.bos
+    }
+
     /// For a model of so many token ids: added tokens beyond them become plain text.
     ///
     /// Some folders name tokens that only a larger sibling of their model has.

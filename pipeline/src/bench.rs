@@ -98,7 +98,7 @@ pub struct PerplexityArgs {
     #[arg(long, default_value = CATALOGUE[0].name)]
     model: String,
     /// Tokens that are scored together
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(2..))]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(3..))]
     window: u16,
     /// Write the figures to a file, as JSON
     #[arg(long, value_name = "FILE")]

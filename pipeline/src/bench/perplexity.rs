@@ -1,6 +1,7 @@
 //! What the fast path costs in quality: its perplexity on a text, beside that of f32 on the same tokens.
 //!
-//! The text is cut into windows that are scored apart, each token by those before it in its window. The absolute
+//! The text is cut into windows that are scored apart, each token by those before it in its window; where the model
+//! wants a token of its own at the start of a text, each window gets it. The absolute
 //! figure depends on text, tokenizer and window; the ratio of the two paths is what is wanted.
 
 use serde::Serialize;
@@ -46,9 +47,15 @@ fn perplexity(args: &PerplexityArgs, devices: Devices, text: &str) -> Result<(f6
     let token_ids = tokenizer.encode(text)?;
     let pages: Vec<PageId> = (0..window.div_ceil(PAGE_SIZE)).map(PageId).collect();
     let (mut total, mut count) = (0.0, 0);
-    for tokens in token_ids.chunks(args.window.into()).filter(|tokens| tokens.len() > 1) {
+    let bos = tokenizer.bos();
+    let text_ids = token_ids.strip_prefix(bos.as_slice()).unwrap_or(&token_ids);
+    for tokens in text_ids.chunks(usize::from(args.window) - bos.iter().len()) {
+        let tokens = [bos.as_slice(), tokens].concat();
+        if tokens.len() < 2 {
+            continue;
+        }
         let mut batch = StepBatch::default();
-        batch.push(tokens, 0, &pages, None);
+        batch.push(&tokens, 0, &pages, None);
         let scores = model.log_probabilities(&batch);
         total += scores.iter().sum::<f64>();
         count += scores.len();
