@@ -9,6 +9,8 @@
 //! the vocabulary lacks is dropped, as Hugging Face does where no unknown token is set.
 
 mod byte_level;
+#[cfg(test)]
+mod fuzz;
 pub mod gguf;
 pub mod hugging_face;
 mod sentence_piece;
@@ -20,6 +22,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use aho_corasick::{AhoCorasick, BuildError, MatchKind};
@@ -52,6 +55,8 @@ struct Parts {
     /// Without added tokens.
     core: tokenizers::Tokenizer,
     added: Vec<AddedToken>,
+    /// For text that begins a prompt, where that is encoded in another way.
+    first: Option<tokenizers::Tokenizer>,
     /// One more than the largest id of `core`.
     num_ids: u32,
     /// The token every prompt begins with, if there is one.
@@ -175,11 +180,11 @@ impl Tokenizer {
         let mut ids = Vec::new();
         let mut start = 0;
         for found in self.matcher.find_iter(prompt) {
-            self.encode_plain(&prompt[start..found.start()], &mut ids)?;
+            self.encode_plain(prompt, start..found.start(), &mut ids)?;
             ids.push(self.parts.added[found.pattern().as_usize()].id);
             start = found.end();
         }
-        self.encode_plain(&prompt[start..], &mut ids)?;
+        self.encode_plain(prompt, start..prompt.len(), &mut ids)?;
         match self.parts.bos {
             Some(bos) if ids.first().is_some_and(|&first| first != bos) => ids.insert(0, bos),
             _ => {}
@@ -187,10 +192,18 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        if !text.is_empty() {
-            let text = self.shield.unshield(text);
-            let encoding = self.parts.core.encode_fast(text.as_ref(), false).map_err(failed)?;
+    /// Encodes a part of the prompt that has no added token.
+    fn encode_plain(
+        &self,
+        prompt: &str,
+        part: Range<usize>,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TokenizerError> {
+        if !part.is_empty() {
+            let first = self.parts.first.as_ref().filter(|_| part.start == 0);
+            let text = self.shield.unshield(&prompt[part]);
+            let core = first.unwrap_or(&self.parts.core);
+            let encoding = core.encode_fast(text.as_ref(), false).map_err(failed)?;
             ids.extend_from_slice(encoding.get_ids());
         }
         Ok(())

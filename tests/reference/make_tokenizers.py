@@ -134,8 +134,10 @@ def write_byte_level(name, split_digits, normalizer, ignore_merges, bos, added):
     finish(name, tokenizer, bos, added, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name})
 
 
-def write_sentence_piece(name):
-    """As Llama 2 and Mistral: a space before the text, scores by rank, bytes for what no piece covers."""
+def write_sentence_piece(name, only_first):
+    """As Llama 2 and Mistral: a space before the text, scores by rank, bytes for what no piece covers.
+
+    Later ones put a space only before text that begins a prompt, `only_first`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     # Few letters, so that other scripts are spelled in bytes.
@@ -153,14 +155,17 @@ def write_sentence_piece(name):
     merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     normalizer = tokenizer.normalizer
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(a, b) for _, a, b in merges], byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizer
+    if only_first:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     finish(name, tokenizer, "<s>", [("<s>", True), ("</s>", True), ("[INST]", True), ("[/INST]", True)],
-           {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": True})
+           {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": True}, with_gguf=not only_first)
 
 
-def finish(name, tokenizer, bos, added, metadata):
+def finish(name, tokenizer, bos, added, metadata, with_gguf=True):
     tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in added])
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -187,7 +192,8 @@ def finish(name, tokenizer, bos, added, metadata):
         metadata["tokenizer.ggml.scores"] = [-float(index) for index in range(len(tokens))]
     else:
         metadata["tokenizer.ggml.merges"] = [" ".join(pair) for pair in state["model"]["merges"]]
-    write_gguf(folder / "vocab.gguf", metadata)
+    if with_gguf:
+        write_gguf(folder / "vocab.gguf", metadata)
     texts = TEXTS + ["".join(f"{text} x {text}" for text, _ in added)]
     golden = {"texts": ids_of(fast, texts),
               "prompt": {"rendered": fast.apply_chat_template([{"role": "user", "content": " hi "}], tokenize=False)}}
@@ -236,7 +242,8 @@ def main():
                      [("<|begin_of_text|>", True), ("<|eot_id|>", True), ("<|start_header_id|>", True)])
     write_byte_level("qwen2", "", normalizers.NFC(), False, None,
                      [("<|im_start|>", True), ("<|im_end|>", True), ("<think>", False)])
-    write_sentence_piece("llama")
+    write_sentence_piece("llama", only_first=False)
+    write_sentence_piece("mistral", only_first=True)
 
 
 if __name__ == "__main__":

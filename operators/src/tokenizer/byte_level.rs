@@ -69,7 +69,14 @@ impl ByteLevel {
         core.with_pre_tokenizer(Some(Sequence::new(stages(self.pre_tokenizer)?)));
         core.with_decoder(Some(byte_level::ByteLevel::new(false, false, true)));
         let max_token_bytes = longest.max(1) * composes;
-        Tokenizer::new(Parts { core, num_ids, added: self.added, bos: self.bos, max_token_bytes })
+        Tokenizer::new(Parts {
+            core,
+            first: None,
+            num_ids,
+            added: self.added,
+            bos: self.bos,
+            max_token_bytes,
+        })
     }
 }
 

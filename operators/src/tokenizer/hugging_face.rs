@@ -9,18 +9,20 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use serde_json::value::RawValue;
 use tokenizers::models::ModelWrapper;
-use tokenizers::{DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
+use tokenizers::{DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use super::byte_level::MAX_COMPOSED;
-use super::{AddedKind, AddedToken, Parts, TextModelError, Tokenizer, failed};
+use super::{AddedKind, AddedToken, Parts, TextModelError, Tokenizer};
 use crate::chat::ChatTemplate;
 
 /// Gemma's tables, the largest around, have 33 megabytes.
 const MAX_FILE_BYTES: u64 = 256 << 20;
 
-/// `tokenizer.json`; the parts are read by the tokenizers library.
+/// `tokenizer.json`; the parts are read by the tokenizers library, which wants them to be well-formed.
 #[derive(Deserialize)]
 struct TokenizerFile<'a> {
     #[serde(default)]
@@ -28,13 +30,13 @@ struct TokenizerFile<'a> {
     #[serde(borrow)]
     model: &'a RawValue,
     #[serde(default)]
-    normalizer: Option<NormalizerWrapper>,
+    normalizer: Value,
     #[serde(default)]
-    pre_tokenizer: Option<PreTokenizerWrapper>,
+    pre_tokenizer: Value,
     #[serde(default)]
-    post_processor: Option<PostProcessorWrapper>,
+    post_processor: Value,
     #[serde(default)]
-    decoder: Option<DecoderWrapper>,
+    decoder: Value,
 }
 
 /// The switches of a BPE model.
@@ -130,7 +132,16 @@ impl Templates {
 fn tokenizer(path: &Path, bos: &str, add_bos: Option<bool>) -> Result<Tokenizer, TextModelError> {
     let missing = || io::Error::from(io::ErrorKind::NotFound);
     let text = read(path)?.ok_or_else(|| TextModelError::Io { path: path.to_owned(), source: missing() })?;
-    let file: TokenizerFile = serde_json::from_str(&text).map_err(|error| invalid(path, &error))?;
+    parse(path, &text, bos, add_bos)
+}
+
+pub(super) fn parse(
+    path: &Path,
+    text: &str,
+    bos: &str,
+    add_bos: Option<bool>,
+) -> Result<Tokenizer, TextModelError> {
+    let mut file: TokenizerFile = serde_json::from_str(text).map_err(|error| invalid(path, &error))?;
     let parsed = serde_json::from_str(file.model.get());
     let Model { dropout, byte_fallback, continuing_subword_prefix, end_of_word_suffix } =
         parsed.map_err(|error| invalid(path, &error))?;
@@ -151,29 +162,66 @@ fn tokenizer(path: &Path, bos: &str, add_bos: Option<bool>) -> Result<Tokenizer,
     let num_bytes = |token: &String| if byte_fallback { token.len() } else { token.chars().count() };
     let longest = vocabulary.keys().map(num_bytes).max().unwrap_or(1).max(1);
     let mut core = tokenizers::Tokenizer::new(model);
-    let max_token_bytes = match file.normalizer.as_ref().is_none_or(keeps_length) {
-        true => longest * MAX_COMPOSED,
-        // Nothing is known about how much text a token may stand for.
-        false => usize::MAX,
+    let max_token_bytes = longest * MAX_COMPOSED;
+    core.with_normalizer(part::<NormalizerWrapper>(path, "normalizers", file.normalizer, &|part, kind| {
+        matches!(kind, "NFC" | "Prepend") || kind == "Replace" && part["pattern"]["String"] == " "
+    })?);
+    core.with_decoder(part::<DecoderWrapper>(path, "decoders", file.decoder, &|part, kind| {
+        matches!(kind, "ByteLevel" | "Replace" | "ByteFallback" | "Fuse")
+            || kind == "Strip" && part["stop"] == 0
+    })?);
+    let is_single = file.pre_tokenizer["type"] == "Metaspace";
+    let pre_tokenizer = |value| {
+        part::<PreTokenizerWrapper>(path, "pretokenizers", value, &|part, kind| {
+            matches!(kind, "ByteLevel" | "Split" | "Digits")
+                || kind == "Metaspace" && (is_single || part["prepend_scheme"] != "first")
+        })
     };
-    core.with_normalizer(file.normalizer).with_pre_tokenizer(file.pre_tokenizer);
-    core.with_post_processor(file.post_processor).with_decoder(file.decoder);
+    // Text that begins a prompt may get a space that text after an added token does not get.
+    let first = match file.pre_tokenizer["prepend_scheme"] == "first" {
+        true => {
+            let mut first = core.clone();
+            first.with_pre_tokenizer(pre_tokenizer(file.pre_tokenizer.clone())?);
+            file.pre_tokenizer["prepend_scheme"] = "never".into();
+            Some(first)
+        }
+        false => None,
+    };
+    core.with_pre_tokenizer(pre_tokenizer(file.pre_tokenizer)?);
     let added = added(path, file.added_tokens, byte_fallback)?;
     let ids: BTreeMap<&str, u32> = added.iter().map(|token| (token.text.as_str(), token.id)).collect();
-    let bos = ids.get(bos).copied().or_else(|| core.token_to_id(bos));
-    let first = core.encode_fast("", true).map_err(failed)?.get_ids().first().copied();
-    let bos = bos.filter(|&bos| add_bos.unwrap_or(first == Some(bos)));
-    Ok(Tokenizer::new(Parts { core, num_ids, added, bos, max_token_bytes })?)
+    let bos_id = ids.get(bos).copied().or_else(|| core.token_to_id(bos));
+    let bos = bos_id.filter(|_| add_bos.unwrap_or_else(|| begins_with(&file.post_processor, bos)));
+    Ok(Tokenizer::new(Parts { core, first, num_ids, added, bos, max_token_bytes })?)
 }
 
-/// Whether a normalizer composes characters and writes spaces otherwise, and no more.
-fn keeps_length(normalizer: &NormalizerWrapper) -> bool {
-    match normalizer {
-        NormalizerWrapper::NFC(_) | NormalizerWrapper::Prepend(_) => true,
-        NormalizerWrapper::Replace(replace) => {
-            serde_json::to_value(replace).is_ok_and(|value| value["pattern"]["String"] == " ")
+/// Reads a part, or a list of parts under `list`, of the kinds that are known to give no surprise: normalizers that
+/// change the length of a text by little, decoders that do not panic.
+fn part<T: DeserializeOwned>(
+    path: &Path,
+    list: &str,
+    value: Value,
+    is_known: &dyn Fn(&Value, &str) -> bool,
+) -> Result<Option<T>, TextModelError> {
+    let kind = |part: &Value| part["type"].as_str().unwrap_or_default().to_owned();
+    let parts = match kind(&value) == "Sequence" {
+        true => value[list].as_array().cloned().unwrap_or_default(),
+        false => Vec::from_iter((!value.is_null()).then(|| value.clone())),
+    };
+    if let Some(unknown) = parts.iter().find(|part| !is_known(part, &kind(part))) {
+        return Err(invalid(path, &format!("it has {unknown} among its {list}, which is not supported")));
+    }
+    serde_json::from_value(value).map_err(|error| invalid(path, &error))
+}
+
+/// Whether a post-processor puts the token before a text.
+fn begins_with(processor: &Value, bos: &str) -> bool {
+    match processor["type"].as_str() {
+        Some("TemplateProcessing") => processor["single"][0]["SpecialToken"]["id"] == bos,
+        Some("Sequence") => {
+            let processors = processor["processors"].as_array();
+            processors.is_some_and(|all| all.iter().any(|processor| begins_with(processor, bos)))
         }
-        NormalizerWrapper::Sequence(sequence) => sequence.as_ref().iter().all(keeps_length),
         _ => false,
     }
 }

@@ -75,7 +75,14 @@ impl SentencePiece {
             core.with_normalizer(Some(spaces));
         }
         core.with_decoder(Some(Sequence::new(decoders)));
-        Tokenizer::new(Parts { core, num_ids, added: self.added, bos: self.bos, max_token_bytes })
+        Tokenizer::new(Parts {
+            core,
+            first: None,
+            num_ids,
+            added: self.added,
+            bos: self.bos,
+            max_token_bytes,
+        })
     }
 }
 
