@@ -35,7 +35,7 @@ const DEFAULT_CREDIT_BYTES: u64 = 256 << 20;
 ///
 /// An epoch is written when all its documents are done, so large batches make results come late.
 const MAX_BATCH_ROWS: u64 = 64;
-const DEFAULT_KV_CACHE_MEMORY: u64 = 512 << 20;
+const DEFAULT_KV_CACHE_MEMORY: u64 = 192 << 20;
 const DEFAULT_PAGE_SIZE: u32 = 64;
 const DEFAULT_MAX_NUM_SEQS: u32 = 32;
 const DEFAULT_MAX_NUM_BATCHED_TOKENS: u32 = 512;

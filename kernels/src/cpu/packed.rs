@@ -210,27 +210,26 @@ impl Writer {
 
 /// Bytes that start at a cache line.
 pub(super) struct AlignedBytes {
-    lines: Vec<Line>,
+    memory: Vec<u8>,
+    start: usize,
     len: usize,
 }
 
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line(#[expect(dead_code, reason = "read as bytes only")] [u8; ALIGNMENT]);
-
 impl AlignedBytes {
+    /// Costs nothing until bytes are written: a plain vector of zeros is taken from the system untouched, which an
+    /// allocation with an alignment of its own would not be.
     pub(super) fn zeroed(len: usize) -> Self {
-        Self { lines: vec![Line([0; ALIGNMENT]); len.div_ceil(ALIGNMENT)], len }
+        let memory = vec![0; len + ALIGNMENT];
+        let start = memory.as_ptr().align_offset(ALIGNMENT);
+        Self { memory, start, len }
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        // SAFETY: lines are bytes without padding, and at least `len` of them.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+        &self.memory[self.start..self.start + self.len]
     }
 
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+        &mut self.memory[self.start..self.start + self.len]
     }
 }
 
