@@ -22,7 +22,6 @@ mod quantize;
 mod rms_norm;
 mod rope;
 mod scratch;
-mod shared;
 mod silu_mul;
 mod tiles;
 

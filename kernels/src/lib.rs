@@ -13,4 +13,6 @@ pub mod quant;
 mod reference;
 pub mod safetensors;
 pub mod sample;
+mod shared;
 pub mod step;
+mod team;

@@ -68,6 +68,6 @@ pub enum ModelError {
     Threads {
         num_threads: usize,
         #[source]
-        source: rayon::ThreadPoolBuildError,
+        source: std::io::Error,
     },
 }

@@ -9,8 +9,6 @@
 mod cohorts;
 mod tile;
 
-use rayon::prelude::*;
-
 use self::cohorts::{Cohort, Cohorts};
 use self::tile::{Tile, TileCopy};
 use super::dots::{Dots, QUAD_BYTES};
@@ -18,11 +16,12 @@ use super::isa::{Kernel, Lanes};
 use super::kv_cache::{KvCache, head_rotation};
 use super::quantize::{MAX_BYTE, quantize, rotate};
 use super::scratch::{PerThread, grow};
-use super::shared::SharedMut;
 use super::tiles::Tiles;
 use super::{Isa, LANES, OFFSET};
 use crate::backend::AttentionShape;
+use crate::shared::SharedMut;
 use crate::step::StepBatch;
+use crate::team;
 
 /// Positions between two rescalings.
 pub(super) const TILE_LEN: usize = 64;
@@ -59,7 +58,7 @@ pub(super) fn attention(
     let AttentionScratch { cohorts, threads } = &*scratch;
     let out = SharedMut::new(out);
     let num_tasks = cohorts.len() * shape.num_kv_heads;
-    (0..num_tasks).into_par_iter().with_max_len(1).for_each(|task| {
+    team::for_each(num_tasks, |task| {
         // The last cohort has the most positions: it goes first.
         let cohort = cohorts.get(cohorts.len() - 1 - task / shape.num_kv_heads);
         let kv_head = task % shape.num_kv_heads;

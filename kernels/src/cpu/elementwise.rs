@@ -1,13 +1,13 @@
 //! Shared by the ops that touch every number once: rows in parallel, and the exponential.
 
-use rayon::prelude::*;
+use crate::team;
 
 /// Below this many numbers one thread is faster than waking another.
 const MIN_NUMBERS_PER_TASK: usize = 1 << 13;
 
 /// Rows for one task.
 pub(super) fn rows_per_task(row_len: usize, num_rows: usize) -> usize {
-    let by_threads = num_rows.div_ceil(rayon::current_num_threads() * 2);
+    let by_threads = num_rows.div_ceil(team::num_threads() * 2);
     by_threads.max(MIN_NUMBERS_PER_TASK.div_ceil(row_len)).max(1)
 }
 
@@ -26,9 +26,10 @@ pub(super) fn par_rows(
     if rows >= num_rows {
         return each(x, out);
     }
-    x.par_chunks(rows * x_row_len)
-        .zip(out.par_chunks_mut(rows * out_row_len))
-        .for_each(|(x, out)| each(x, out));
+    team::for_each_chunk(out, rows * out_row_len, |index, out| {
+        let len = out.len() / out_row_len * x_row_len;
+        each(&x[index * rows * x_row_len..][..len], out);
+    });
 }
 
 /// Calls `each` with blocks of whole rows of `x`.
@@ -39,7 +40,7 @@ pub(super) fn par_rows_mut(x: &mut [f32], row_len: usize, each: impl Fn(&mut [f3
     if rows >= num_rows {
         return each(x);
     }
-    x.par_chunks_mut(rows * row_len).for_each(each);
+    team::for_each_chunk(x, rows * row_len, |_, x| each(x));
 }
 
 /// `e^x` to about two units in the last place; below -87 a tiny number, above 88 a huge one. NaN stays NaN.

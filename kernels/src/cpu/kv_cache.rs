@@ -4,17 +4,16 @@
 //! were while outliers of single dimensions, which keys are known for, are spread. What a slot holds depends on
 //! its token's row alone.
 
-use rayon::prelude::*;
-
 use super::dots::QUAD_BYTES;
 use super::elementwise::rows_per_task;
 use super::isa::{Isa, Kernel, Lanes};
 use super::packed::AlignedBytes;
 use super::quantize::{quantize, rotate};
-use super::shared::SharedMut;
 use super::{KEY_GROUP_LEN, OFFSET};
 use crate::backend::AttentionShape;
+use crate::shared::SharedMut;
 use crate::step::{PageCopy, PageId, StepBatch};
+use crate::team;
 
 /// Longest head whose row is quantized on the stack.
 pub(super) const MAX_HEAD_DIM: usize = 1024;
@@ -76,7 +75,7 @@ pub(super) fn store_kv(
             true => store(rows.start),
             false => {
                 let num_tasks = rows.len().div_ceil(per_task);
-                (0..num_tasks).into_par_iter().for_each(|task| store(rows.start + task * per_task));
+                team::for_each(num_tasks, |task| store(rows.start + task * per_task));
             }
         }
     }

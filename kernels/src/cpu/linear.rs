@@ -6,16 +6,15 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::dots::{Dots, QUAD_BYTES};
 use super::elementwise::rows_per_task;
 use super::isa::{Kernel, Lanes};
 use super::quantize::{QuantizedRow, RowLayout, quantize_row};
 use super::scratch::{PerThread, QuantizedRows, grow};
-use super::shared::SharedMut;
 use super::tiles::Tiles;
 use super::{Isa, LANES, Matrix, OFFSET};
+use crate::shared::SharedMut;
+use crate::team;
 
 /// Rows of one task.
 const MAX_TASK_ROWS: usize = 128;
@@ -70,8 +69,7 @@ pub(super) fn linear(isa: Isa, scratch: &mut LinearScratch, x: &[f32], weight: &
     let rows = &scratch.rows;
     let num_blocks = num_tokens.div_ceil(MAX_TASK_ROWS);
     let products = num_tokens * weight.layout.len * weight.num_outputs;
-    let tasks_wanted =
-        (products / MIN_PRODUCTS_PER_TASK).clamp(1, rayon::current_num_threads() * TASKS_PER_THREAD);
+    let tasks_wanted = (products / MIN_PRODUCTS_PER_TASK).clamp(1, team::num_threads() * TASKS_PER_THREAD);
     let chunks_wanted = tasks_wanted.div_ceil(num_blocks.max(1));
     let chunk_panels = weight.num_panels().div_ceil(chunks_wanted).next_multiple_of(FEW_ROWS_PANELS);
     let num_chunks = weight.num_panels().div_ceil(chunk_panels);
@@ -91,10 +89,7 @@ pub(super) fn linear(isa: Isa, scratch: &mut LinearScratch, x: &[f32], weight: &
             out: shared,
         });
     };
-    match num_blocks * num_chunks {
-        1 => compute(0),
-        num_tasks => (0..num_tasks).into_par_iter().with_max_len(1).for_each(compute),
-    }
+    team::for_each(num_blocks * num_chunks, compute);
 }
 
 fn quantize_rows(
@@ -109,19 +104,21 @@ fn quantize_rows(
     let (padded_len, num_groups) = (layout.padded_len(), layout.num_groups());
     let per_task = rows_per_task(layout.len, num_rows);
     let QuantizedRows { bytes, scales, sums } = rows;
-    let quantize = |((x, bytes), (scales, sums)): ((&[f32], &mut [i8]), (&mut [f32], &mut [i32]))| {
-        let buffer = &mut *buffers.get();
-        isa.run(QuantizeRows { layout, x, buffer, bytes, scales, sums });
-    };
-    let bytes = &mut bytes[..num_rows * padded_len];
-    let scales = &mut scales[..num_rows * num_groups];
-    let sums = &mut sums[..num_rows * num_groups];
-    if per_task >= num_rows {
-        return quantize(((x, bytes), (scales, sums)));
-    }
-    let numbers = x.par_chunks(per_task * layout.len).zip(bytes.par_chunks_mut(per_task * padded_len));
-    let groups = scales.par_chunks_mut(per_task * num_groups).zip(sums.par_chunks_mut(per_task * num_groups));
-    numbers.zip(groups).for_each(quantize);
+    let (bytes, scales, sums) = (SharedMut::new(bytes), SharedMut::new(scales), SharedMut::new(sums));
+    team::for_each(num_rows.div_ceil(per_task), |task| {
+        let first = task * per_task;
+        let rows = first..num_rows.min(first + per_task);
+        // SAFETY: a task writes what belongs to its rows alone.
+        let (bytes, scales, sums) = unsafe {
+            (
+                bytes.part(first * padded_len, rows.len() * padded_len),
+                scales.part(first * num_groups, rows.len() * num_groups),
+                sums.part(first * num_groups, rows.len() * num_groups),
+            )
+        };
+        let x = &x[rows.start * layout.len..rows.end * layout.len];
+        isa.run(QuantizeRows { layout, x, buffer: &mut *buffers.get(), bytes, scales, sums });
+    });
 }
 
 struct QuantizeRows<'a> {

@@ -1,11 +1,10 @@
 //! Rotates queries and keys by their position; the two halves of a head are the two coordinates.
 
-use rayon::prelude::*;
-
 use super::Isa;
 use super::elementwise::rows_per_task;
 use super::isa::{Kernel, Lanes};
 use crate::backend::{AttentionShape, RopeTable};
+use crate::team;
 
 /// `qkv`: `[num_tokens, qkv_len]`; the values are left as they are.
 pub(super) fn rope(isa: Isa, table: &RopeTable, shape: &AttentionShape, positions: &[u32], qkv: &mut [f32]) {
@@ -14,8 +13,10 @@ pub(super) fn rope(isa: Isa, table: &RopeTable, shape: &AttentionShape, position
     if rows >= positions.len() {
         return isa.run(Rope { table, shape, positions, qkv });
     }
-    let tasks = positions.par_chunks(rows).zip(qkv.par_chunks_mut(rows * shape.qkv_len()));
-    tasks.for_each(|(positions, qkv)| isa.run(Rope { table, shape, positions, qkv }));
+    team::for_each_chunk(qkv, rows * shape.qkv_len(), |index, qkv| {
+        let positions = &positions[index * rows..][..qkv.len() / shape.qkv_len()];
+        isa.run(Rope { table, shape, positions, qkv });
+    });
 }
 
 struct Rope<'a> {

@@ -3,6 +3,7 @@
 use std::sync::{Mutex, MutexGuard};
 
 use super::quantize::RowLayout;
+use crate::team;
 
 /// Rows as bytes, see [`quantize`](super::quantize).
 #[derive(Default)]
@@ -37,16 +38,16 @@ pub(crate) struct PerThread<T> {
 }
 
 impl<T: Default> PerThread<T> {
-    /// To be called on the pool, before its tasks.
+    /// To be called before the tasks.
     pub(super) fn prepare(&mut self) {
-        while self.values.len() < rayon::current_num_threads() {
+        while self.values.len() < team::num_threads() {
             self.values.push(Mutex::default());
         }
     }
 
     /// The value of this thread. The lock is never waited for, as a task does not start another one.
     pub(super) fn get(&self) -> MutexGuard<'_, T> {
-        let index = rayon::current_thread_index().unwrap_or(0);
+        let index = team::thread_index();
         self.values[index].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }

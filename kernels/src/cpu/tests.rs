@@ -4,6 +4,7 @@
 use super::*;
 use crate::reference::Reference;
 use crate::step::{PageId, SamplingParams};
+use crate::team::Team;
 
 /// Relative to the largest number: f32 sums in another order.
 const F32_TOLERANCE: f32 = 2e-5;
@@ -99,8 +100,8 @@ fn linear_rows_do_not_depend_on_their_number_or_on_threads() {
             assert_eq!(bits(&some), bits(&all[..len * num_outputs]), "{len} rows on {:?}", cpu.isa);
         }
         for num_threads in [1, 2, 3] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap();
-            assert_eq!(bits(&pool.install(|| linear(&cpu, &x, &weights, num_inputs))), bits(&all));
+            let mut team = Team::new(num_threads).unwrap();
+            assert_eq!(bits(&team.install(|| linear(&cpu, &x, &weights, num_inputs))), bits(&all));
         }
     }
 }

@@ -7,8 +7,6 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use crate::backend::{AttentionShape, Backend};
 use crate::models::buffers::{Buffers, FEED_FORWARD_ROWS};
 use crate::models::experts::mix_experts;
@@ -17,6 +15,7 @@ use crate::models::weights::{AnyLayers, Dense, FeedForward, Layer, Layers};
 use crate::models::{ENGINE_VERSION, ModelError, ModelWeights, NumericPath};
 use crate::sample::sample;
 use crate::step::{Model, ModelInfo, StepBatch, StepError, StepOutput};
+use crate::team::{self, Team};
 
 /// Pages hold whole groups of keys on every path, so that a definition does not depend on the path.
 const MIN_PAGE_SIZE: u32 = crate::cpu::KEY_GROUP_LEN as u32;
@@ -37,7 +36,7 @@ pub struct KvConfig {
 pub struct Transformer {
     info: ModelInfo,
     runner: AnyRunner,
-    pool: rayon::ThreadPool,
+    team: Team,
 }
 
 enum AnyRunner {
@@ -65,11 +64,7 @@ impl Transformer {
     ) -> Result<Self, ModelError> {
         let config = &weights.config;
         let shape = attention_shape(&weights, kv)?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(num_threads.max(1))
-            .thread_name(|index| format!("kernels-{index}"))
-            .build()
-            .map_err(|source| ModelError::Threads { num_threads, source })?;
+        let team = Team::new(num_threads).map_err(|source| ModelError::Threads { num_threads, source })?;
         let path = match weights.path {
             NumericPath::Reference => "reference-f32",
             NumericPath::Fast => "cpu-int8",
@@ -87,14 +82,14 @@ impl Transformer {
             AnyLayers::Reference(layers) => AnyRunner::Reference(Runner::new(Arc::clone(layers), shape)),
             AnyLayers::Fast(layers) => AnyRunner::Fast(Runner::new(Arc::clone(layers), shape)),
         };
-        Ok(Self { info, runner, pool })
+        Ok(Self { info, runner, team })
     }
 
     /// Runs a step and returns the logits after the last row of every sequence, `[num_seqs, vocab_size]`.
     pub fn logits(&mut self, batch: &StepBatch) -> Vec<f32> {
         batch.check(&self.info);
-        let Self { runner, pool, .. } = self;
-        pool.install(|| match runner {
+        let Self { runner, team, .. } = self;
+        team.install(|| match runner {
             AnyRunner::Reference(runner) => runner.logits(batch),
             AnyRunner::Fast(runner) => runner.logits(batch),
         })
@@ -104,8 +99,8 @@ impl Transformer {
     /// it there: what perplexity is made of.
     pub fn log_probabilities(&mut self, batch: &StepBatch) -> Vec<f64> {
         batch.check(&self.info);
-        let Self { runner, pool, .. } = self;
-        pool.install(|| match runner {
+        let Self { runner, team, .. } = self;
+        team.install(|| match runner {
             AnyRunner::Reference(runner) => runner.log_probabilities(batch),
             AnyRunner::Fast(runner) => runner.log_probabilities(batch),
         })
@@ -135,8 +130,8 @@ impl Model for Transformer {
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
         batch.check(&self.info);
-        let Self { runner, pool, .. } = self;
-        pool.install(|| match runner {
+        let Self { runner, team, .. } = self;
+        team.install(|| match runner {
             AnyRunner::Reference(runner) => runner.step(batch),
             AnyRunner::Fast(runner) => runner.step(batch),
         })
@@ -184,11 +179,11 @@ impl<B: Backend> Runner<B> {
             self.head_of_seqs(batch);
             let Buffers { head_seqs, logits, sampled, .. } = &mut self.buffers;
             let vocab_size = self.weights.config.vocab_size as usize;
-            head_seqs
-                .par_iter()
-                .zip(logits.par_chunks_exact(vocab_size))
-                .map(|(&seq, logits)| sample_for(batch, seq, logits))
-                .collect_into_vec(sampled);
+            sampled.clear();
+            sampled.resize_with(head_seqs.len(), || Ok(0));
+            team::for_each_chunk(sampled, 1, |i, sampled| {
+                sampled[0] = sample_for(batch, head_seqs[i], &logits[i * vocab_size..(i + 1) * vocab_size]);
+            });
             for (&seq, token_id) in head_seqs.iter().zip(sampled.drain(..)) {
                 output.token_ids[seq] = Some(token_id?);
             }

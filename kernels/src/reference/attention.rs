@@ -1,11 +1,10 @@
 //! Causal attention over the paged cache, one query head after the other.
 
-use rayon::prelude::*;
-
 use super::KvCache;
 use super::linear::dot;
 use crate::backend::AttentionShape;
 use crate::step::StepBatch;
+use crate::team;
 
 /// `qkv`: `[num_tokens, qkv_len]`, `out`: `[num_tokens, num_heads, head_dim]`
 pub(super) fn attention(
@@ -18,7 +17,7 @@ pub(super) fn attention(
 ) {
     let seq_of_row: Vec<usize> =
         (0..batch.num_seqs()).flat_map(|seq| batch.rows(seq).map(move |_| seq)).collect();
-    out.par_chunks_exact_mut(shape.q_len()).enumerate().for_each(|(row, out)| {
+    team::for_each_chunk(out, shape.q_len(), |row, out| {
         let num_positions = batch.positions[row] as usize + 1;
         let first = window.map_or(0, |window| num_positions.saturating_sub(window as usize));
         let slots: Vec<usize> =
