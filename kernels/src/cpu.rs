@@ -34,6 +34,7 @@ pub(crate) use self::isa::Isa;
 pub(crate) use self::kv_cache::KvCache;
 pub(crate) use self::matrix::Matrix;
 use self::packed::Packing;
+pub(crate) use self::tiles::Tiles;
 use crate::backend::{AttentionShape, Backend, RopeTable};
 use crate::step::{PageCopy, StepBatch};
 

@@ -5,6 +5,12 @@
 //! registers, so they bound every kernel from above; what memory allows is for [`read`] and a plain copy to show.
 
 use std::hint::black_box;
+use std::io;
+
+use crate::backend::Backend;
+use crate::cpu::packed::Packing;
+use crate::cpu::{Cpu, Isa, Matrix, Scratch};
+use crate::team::Team;
 
 /// The widest instruction of one kind that this CPU has.
 #[derive(Clone, Copy)]
@@ -40,6 +46,50 @@ impl Unit {
     /// Works for some rounds, a fraction of a microsecond each; returns the operations done, two a product.
     pub fn run(&self, rounds: u64) -> u64 {
         (self.run)(rounds)
+    }
+}
+
+/// A linear layer of the fast path with arbitrary weights, to see how near a shape comes to the peak.
+pub struct Linear {
+    cpu: Cpu,
+    weight: Matrix,
+    scratch: Scratch,
+    team: Team,
+    /// `[num_rows, num_inputs]`
+    x: Vec<f32>,
+    /// `[num_rows, num_outputs]`
+    out: Vec<f32>,
+    num_inputs: u64,
+}
+
+impl Linear {
+    pub fn new(
+        num_rows: usize,
+        num_inputs: usize,
+        num_outputs: usize,
+        num_threads: usize,
+    ) -> io::Result<Self> {
+        let cpu = Cpu { isa: Isa::detect(), packing: Packing::in_memory() };
+        let number = |i: usize| (i * 37 % 101) as f32 - 50.0;
+        let weight = cpu.matrix(num_outputs, num_inputs, &mut |output, row| {
+            row.iter_mut().enumerate().for_each(|(i, weight)| *weight = number(i + output));
+        });
+        Ok(Self {
+            cpu,
+            weight,
+            scratch: Scratch::default(),
+            team: Team::new(num_threads)?,
+            x: (0..num_rows * num_inputs).map(number).collect(),
+            out: vec![0.0; num_rows * num_outputs],
+            num_inputs: num_inputs as u64,
+        })
+    }
+
+    /// Computes the layer once; returns the operations done, two a product.
+    pub fn run(&mut self) -> u64 {
+        let Self { cpu, weight, scratch, team, x, out, num_inputs } = self;
+        team.install(|| cpu.linear(scratch, x, weight, out));
+        2 * *num_inputs * out.len() as u64
     }
 }
 
@@ -88,12 +138,13 @@ mod x86 {
     use std::hint::black_box;
 
     use super::Unit;
+    use crate::cpu::{Isa, Tiles};
 
     /// Independent sums: enough to hide the latency of an instruction, few enough for the registers.
     const NUM_SUMS: usize = 12;
 
     pub(super) fn int8() -> Option<Unit> {
-        if has_tiles() {
+        if Isa::detect().has_tiles() {
             return Some(Unit { name: "AMX", run: tiles });
         }
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
@@ -167,48 +218,14 @@ mod x86 {
         _mm256_fmadd_ps(sum, value, value)
     });
 
-    /// Whether the CPU has tiles for bytes and the system lets this process use them.
-    fn has_tiles() -> bool {
-        let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        if !cpu.contains(" amx_int8") || !cfg!(target_os = "linux") {
-            return false;
-        }
-        // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-        let mut result: isize = 158;
-        // SAFETY: the call changes only what this process may use; a system call clobbers `rcx` and `r11`.
-        unsafe {
-            asm!("syscall", inout("rax") result, in("rdi") 0x1023, in("rsi") 18, out("rcx") _, out("r11") _,
-                options(nostack));
-        }
-        result == 0
-    }
-
-    #[repr(C, align(64))]
-    struct TileConfig {
-        palette: u8,
-        start_row: u8,
-        reserved: [u8; 14],
-        row_bytes: [u16; 16],
-        rows: [u8; 16],
-    }
-
-    /// Eight tiles of 16 rows of 64 bytes.
-    static TILES: TileConfig = TileConfig {
-        palette: 1,
-        start_row: 0,
-        reserved: [0; 14],
-        row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-        rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-    };
-
     fn tiles(rounds: u64) -> u64 {
         if rounds == 0 {
             return 0;
         }
-        // SAFETY: made a unit only after `has_tiles`; compiled code uses no tiles, and they are freed at the end.
+        let _tiles = Tiles::new();
+        // SAFETY: the tiles are configured while the guard lives; compiled code uses none.
         unsafe {
             asm!(
-                "ldtilecfg [{config}]",
                 "2:",
                 "tdpbusd tmm0, tmm6, tmm7",
                 "tdpbusd tmm1, tmm6, tmm7",
@@ -216,12 +233,8 @@ mod x86 {
                 "tdpbusd tmm3, tmm6, tmm7",
                 "dec {rounds}",
                 "jnz 2b",
-                "tilerelease",
-                config = in(reg) &raw const TILES,
                 rounds = inout(reg) rounds => _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
+                options(nostack, nomem),
             );
         }
         // 16 rows by 16 columns by 64 bytes, each a product and a sum.
@@ -242,5 +255,6 @@ mod tests {
         assert_eq!(portable_int8(5), 10 * PORTABLE_LANES as u64);
         assert_eq!(portable_f32(5), 10 * PORTABLE_LANES as u64);
         assert_eq!(read(&vec![2; 320]), 640);
+        assert_eq!(Linear::new(3, 64, 20, 2).unwrap().run(), 2 * 3 * 64 * 20);
     }
 }

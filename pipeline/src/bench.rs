@@ -5,6 +5,7 @@
 
 mod engine;
 mod grouping;
+mod linear;
 mod machine;
 mod offline;
 mod perplexity;
@@ -131,6 +132,12 @@ pub enum BenchError {
     NoRequests { path: PathBuf },
     #[error("text file {path} has less than two tokens")]
     NoText { path: PathBuf },
+    #[error("cannot start {num_threads} threads")]
+    Threads {
+        num_threads: usize,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the model {name:?} has no weights to score with")]
     NoWeights { name: String },
     #[error(transparent)]

@@ -1,6 +1,6 @@
 """Runs Tidemill and other engines side by side on the same model, and prints one table of medians.
 
-    make build && python3 scripts/offline_job.py && python3 scripts/peers/compare.py [--repeat 5] [--json FILE]
+    make build && python3 scripts/offline_job.py && python3 scripts/peers/compare.py [--repeat 5] [--peer ik] [--json FILE]
 
 Peers are measured if they are installed; these variables name the folders of their programs (README.md beside this
 file says how to build them):
@@ -153,7 +153,9 @@ class Tidemill:
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
             file.write("".join(json.dumps(request) + "\n" for request in requests))
             file.flush()
-            report = self.bench("offline", ["--requests", file.name, "--max-tokens", str(ANSWER_LEN)])
+            # An engine for each core, as the best peer runs a server for each.
+            device = "[" + ", ".join(f"cpu:{core}" for core in range(num_cores())) + "]"
+            report = self.bench("offline", ["--requests", file.name, "--max-tokens", str(ANSWER_LEN), "--device", device])
         return job_figures(report["wall_seconds"], len(requests), report["summary"]["prompt_tokens"],
                            report["peak_memory_mib"])
 
@@ -265,6 +267,7 @@ def main():
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--only", choices=PARTS, action="append", help="measure a part; may be repeated")
     parser.add_argument("--requests", type=pathlib.Path, default=ROOT / "data" / "offline-job.jsonl")
+    parser.add_argument("--peer", action="append", help="only peers whose name holds this text; may be repeated")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, eight requests: shows that all works")
     args = parser.parse_args()
     parts = args.only or PARTS
@@ -279,7 +282,8 @@ def main():
         requests = [json.loads(line) for line in args.requests.read_text().splitlines()]
         requests = requests[:8] if args.quick else requests
     tidemill = Tidemill()
-    engines = [tidemill, *installed()]
+    wanted = args.peer or [""]
+    engines = [tidemill, *(peer for peer in installed() if any(text in peer.name for text in wanted))]
     samples = {}
     for round_index in range(args.repeat):
         for part in parts:

@@ -40,6 +40,7 @@ pub(crate) struct AttentionScratch {
 
 /// `qkv`: `[num_tokens, qkv_len]`, `out`: `[num_tokens, num_heads, head_dim]`; a row sees the last `window`
 /// positions, its own included, or all of them.
+#[expect(clippy::too_many_arguments, reason = "the op has these operands")]
 pub(super) fn attention(
     isa: Isa,
     scratch: &mut AttentionScratch,

@@ -117,7 +117,7 @@ fn quantize_rows(
             )
         };
         let x = &x[rows.start * layout.len..rows.end * layout.len];
-        isa.run(QuantizeRows { layout, x, buffer: &mut *buffers.get(), bytes, scales, sums });
+        isa.run(QuantizeRows { layout, x, buffer: &mut buffers.get(), bytes, scales, sums });
     });
 }
 

@@ -40,8 +40,8 @@ pub struct Transformer {
 }
 
 enum AnyRunner {
-    Reference(Runner<crate::reference::Reference>),
-    Fast(Runner<crate::cpu::Cpu>),
+    Reference(Box<Runner<crate::reference::Reference>>),
+    Fast(Box<Runner<crate::cpu::Cpu>>),
 }
 
 /// The forward pass for one backend.
@@ -79,8 +79,8 @@ impl Transformer {
             num_pages: kv.num_pages,
         };
         let runner = match &weights.layers {
-            AnyLayers::Reference(layers) => AnyRunner::Reference(Runner::new(Arc::clone(layers), shape)),
-            AnyLayers::Fast(layers) => AnyRunner::Fast(Runner::new(Arc::clone(layers), shape)),
+            AnyLayers::Reference(layers) => AnyRunner::Reference(Box::new(Runner::new(Arc::clone(layers), shape))),
+            AnyLayers::Fast(layers) => AnyRunner::Fast(Box::new(Runner::new(Arc::clone(layers), shape))),
         };
         Ok(Self { info, runner, team })
     }

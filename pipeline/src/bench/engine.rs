@@ -15,6 +15,7 @@ use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::infer::engine::{Engine, EngineStats};
 use tidemill_operators::infer::sequence::{SequenceId, SequenceRequest};
 
+use super::linear::{self, LinearFigure};
 use super::machine::Machine;
 use super::{BenchError, EngineArgs, io_error, median, model, table};
 use crate::clock::Clock;
@@ -65,6 +66,7 @@ pub(super) struct EngineReport {
     model: String,
     machine: Machine,
     figures: Vec<Figure>,
+    linear: Vec<LinearFigure>,
     first_token_ms: f64,
     peak_memory_mib: u64,
 }
@@ -94,6 +96,7 @@ pub(super) fn measure(args: &EngineArgs) -> Result<EngineReport, BenchError> {
     // Before the machine is measured, since that takes memory of its own.
     let peak_memory_mib = peak_memory_bytes() >> 20;
     let machine = Machine::measure(num_threads, clock);
+    let linear = linear::measure(&loaded, num_threads, clock)?;
     let first_token_ms = time_first_token(&args.model, repeat, clock)?;
     let figures = SHAPES
         .iter()
@@ -105,7 +108,8 @@ pub(super) fn measure(args: &EngineArgs) -> Result<EngineReport, BenchError> {
             samples,
         })
         .collect();
-    Ok(EngineReport { model: args.model.clone(), machine, figures, first_token_ms, peak_memory_mib })
+    let model = args.model.clone();
+    Ok(EngineReport { model, machine, figures, linear, first_token_ms, peak_memory_mib })
 }
 
 impl Shape {
@@ -309,8 +313,9 @@ impl EngineReport {
             ]
         });
         format!(
-            "{}\n\n{}\n\nstart to first token {:.0} ms, peak memory {} MiB",
+            "{}\n\n{}\n\n{}\n\nstart to first token {:.0} ms, peak memory {} MiB",
             table(&[&self.model, "tokens/s", "limit", "of it"], rows),
+            linear::render(&self.linear, &self.machine),
             self.machine.render(),
             self.first_token_ms,
             self.peak_memory_mib

@@ -99,7 +99,7 @@ fn giga_rate<W: FnMut() -> u64>(num_threads: usize, clock: Clock, make: impl Fn(
 }
 
 /// Work done in a second by this thread.
-fn rate(clock: Clock, work: &mut impl FnMut() -> u64) -> f64 {
+pub(super) fn rate(clock: Clock, work: &mut impl FnMut() -> u64) -> f64 {
     let start = clock.elapsed();
     let mut done = 0;
     loop {

@@ -225,6 +225,22 @@ impl LoadedModel {
         (layer * u64::from(config.num_layers), hidden * u64::from(config.vocab_size))
     }
 
+    /// The matrices of a dense model: name, inputs, outputs; none without weights.
+    pub fn matrix_shapes(&self) -> Vec<(&'static str, usize, usize)> {
+        let Weights::Real { weights, .. } = &self.weights else { return Vec::new() };
+        let config = &weights.config;
+        let (hidden, intermediate) = (config.hidden_size as usize, config.intermediate_size as usize);
+        let q_len = (config.num_heads * config.head_dim) as usize;
+        let kv_len = (config.num_kv_heads * config.head_dim) as usize;
+        vec![
+            ("qkv", hidden, q_len + 2 * kv_len),
+            ("attention output", q_len, hidden),
+            ("gate and up", hidden, 2 * intermediate),
+            ("down", intermediate, hidden),
+            ("head", hidden, config.vocab_size as usize),
+        ]
+    }
+
     /// Keys and values of one token in all layers.
     pub fn kv_bytes_per_token(&self) -> u64 {
         match &self.weights {
