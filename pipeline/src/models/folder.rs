@@ -3,18 +3,21 @@
 //! Invariant: the digest changes with every byte that may change an answer. Other files of the folder are left alone.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::pull::{PullError, hex, io_error, sha256};
+use super::pull::{PullError, hex, sha256};
 
 pub const CONFIG_FILE: &str = "config.json";
 pub(super) const TOKENIZER_FILE: &str = "tokenizer.json";
 pub(super) const WEIGHTS_FILE: &str = "model.safetensors";
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
+/// As the reader of the weights bounds it.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// The small files, where a folder has them.
 const TEXT_FILES: [&str; 6] = [
     CONFIG_FILE,
@@ -46,29 +49,38 @@ pub(super) fn is_complete(folder: &Path) -> bool {
         && (has(WEIGHTS_FILE) || shards(folder).is_some_and(|names| names.iter().all(|name| has(name))))
 }
 
-/// The shards that the index names; none without a readable index.
+/// The shards that the index names, within the folder; none without a readable index.
 fn shards(folder: &Path) -> Option<BTreeSet<String>> {
-    let index: Value = serde_json::from_slice(&fs::read(folder.join(INDEX_FILE)).ok()?).ok()?;
+    let mut text = Vec::new();
+    let index = File::open(folder.join(INDEX_FILE)).ok()?;
+    // What lies beyond the bound is cut off, and then it is not readable.
+    index.take(MAX_INDEX_BYTES).read_to_end(&mut text).ok()?;
+    let index: Value = serde_json::from_slice(&text).ok()?;
     let names = index["weight_map"].as_object()?.values();
-    names.map(|name| name.as_str().map(str::to_owned)).collect()
+    let within = |name: &Value| name.as_str().filter(|name| !name.contains('/')).map(str::to_owned);
+    names.map(within).collect()
 }
 
 /// Hex SHA-256 over the names and contents of the files that make the model.
 pub fn digest(folder: &Path) -> Result<String, PullError> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder).map_err(io_error("read", folder))? {
-        // A name that is not UTF-8 is none of the model's.
-        names.extend(entry.map_err(io_error("read", folder))?.file_name().into_string().ok());
+    let mut files: BTreeSet<String> = TEXT_FILES.map(str::to_owned).into();
+    files.insert(WEIGHTS_FILE.to_owned());
+    files.retain(|name| folder.join(name).exists());
+    if !files.contains(WEIGHTS_FILE) {
+        // Shards may have any name; those that the index names are the ones that are read.
+        files.extend(shards(folder).unwrap_or_default());
     }
     let mut hasher = Sha256::new();
-    for name in model_files(names.iter().map(String::as_str)) {
-        hasher.update(format!("{name} {}\n", sha256(&folder.join(name))?));
+    for name in files {
+        hasher.update(format!("{name} {}\n", sha256(&folder.join(&name))?));
     }
     Ok(hex(&hasher.finalize()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -93,5 +105,24 @@ mod tests {
         assert!(!is_complete(folder.path()));
         write("model-2.safetensors", "");
         assert!(is_complete(folder.path()));
+    }
+
+    #[test]
+    fn the_digest_covers_shards_of_any_name_within_the_folder() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("model");
+        fs::create_dir(&folder).unwrap();
+        let write = |name: &str, text: &str| fs::write(folder.join(name), text).unwrap();
+        write(CONFIG_FILE, "{}");
+        write(TOKENIZER_FILE, "{}");
+        write(INDEX_FILE, r#"{"weight_map":{"a":"weights_a.safetensors"}}"#);
+        assert!(digest(&folder).is_err(), "the shard is missing");
+        write("weights_a.safetensors", "one");
+        let before = digest(&folder).unwrap();
+        write("weights_a.safetensors", "two");
+        assert_ne!(digest(&folder).unwrap(), before);
+        fs::write(parent.path().join("weights_b.safetensors"), "outside").unwrap();
+        write(INDEX_FILE, r#"{"weight_map":{"a":"../weights_b.safetensors"}}"#);
+        assert!(!is_complete(&folder));
     }
 }

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
+use ureq::config::RedirectAuthHeaders;
 
 use super::folder::{CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, is_complete, model_files};
 use super::pull::{copy_hashed, hex};
@@ -221,6 +222,12 @@ impl Hub {
         fs::create_dir_all(&folder).map_err(io_error("create", &folder))?;
         let wanted: Vec<&Sibling> =
             info.siblings.iter().filter(|sibling| files.contains(&sibling.rfilename.as_str())).collect();
+        let is_unverifiable =
+            |file: &&&Sibling| file.lfs.is_none() && file.rfilename.ends_with(".safetensors");
+        if let Some(file) = wanted.iter().find(is_unverifiable) {
+            let what = format!("it has no SHA-256 of {:?}", file.rfilename);
+            return Err(HubError::Answer { endpoint: self.endpoint.clone(), what });
+        }
         for (number, file) in (1..).zip(&wanted) {
             if force || !folder.join(&file.rfilename).is_file() {
                 let megabytes = file.size.unwrap_or(0).div_ceil(1_000_000);
@@ -332,6 +339,8 @@ impl Hub {
 
 fn agent() -> ureq::Agent {
     let config = ureq::Agent::config_builder()
+        // The hub answers for small files from another path of its own, which asks for the token again.
+        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
         .timeout_connect(Some(CONNECT_TIMEOUT))
         .timeout_recv_response(Some(ANSWER_TIMEOUT))
         .timeout_per_read(Some(ANSWER_TIMEOUT))

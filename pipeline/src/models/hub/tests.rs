@@ -21,6 +21,7 @@ struct State {
     files: BTreeMap<&'static str, Vec<u8>>,
     /// What the hub says the weights' SHA-256 is, if not the truth.
     sha256: Option<String>,
+    has_sha256: bool,
     token: Option<&'static str>,
     requests: Vec<String>,
 }
@@ -28,7 +29,14 @@ struct State {
 impl FakeHub {
     fn start(files: &[(&'static str, &str)]) -> Self {
         let files = files.iter().map(|(name, text)| (*name, text.as_bytes().to_vec())).collect();
-        let state = State { commit: COMMIT, files, sha256: None, token: None, requests: Vec::new() };
+        let state = State {
+            commit: COMMIT,
+            files,
+            sha256: None,
+            has_sha256: true,
+            token: None,
+            requests: Vec::new(),
+        };
         let state = Arc::new(Mutex::new(state));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}/", listener.local_addr().unwrap());
@@ -51,14 +59,19 @@ impl FakeHub {
     }
 }
 
-/// One request a connection; weights are answered by a redirect, as the hub does.
+/// One request a connection. As on the hub, every file is answered by a redirect: weights from another host, which must
+/// not see the token, the rest from another path, which asks for it again.
 fn answer(stream: TcpStream, state: &mut State) {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map(Result::unwrap);
     let path = lines.next().unwrap().split(' ').nth(1).unwrap().to_owned();
     let headers: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
     let wanted = state.token.map(|token| format!("authorization: Bearer {token}"));
-    let is_allowed =
-        wanted.is_none_or(|wanted| headers.iter().any(|header| header.eq_ignore_ascii_case(&wanted)));
+    let has_header = |wanted: &str| headers.iter().any(|header| header.eq_ignore_ascii_case(wanted));
+    let has_token = headers.iter().any(|header| header.to_ascii_lowercase().starts_with("authorization"));
+    let is_allowed = match path.starts_with("/blobs/") {
+        true => !has_token,
+        false => wanted.is_none_or(|wanted| has_header(&wanted)),
+    };
     state.requests.push(path.clone());
     let commit = state.commit;
     let file = path.strip_prefix(&format!("/org/model/resolve/{commit}/"));
@@ -67,8 +80,15 @@ fn answer(stream: TcpStream, state: &mut State) {
     } else if path == "/api/models/org/model/revision/main?blobs=true" {
         ("200 OK", None, info(state).to_string().into_bytes())
     } else if let Some(file) = file.filter(|file| file.ends_with(".safetensors")) {
-        ("302 Found", Some(format!("/blobs/{file}")), b"moved".to_vec())
-    } else if let Some(body) = file.or(path.strip_prefix("/blobs/")).and_then(|file| state.files.get(file)) {
+        let port = stream.local_addr().unwrap().port();
+        ("302 Found", Some(format!("http://localhost:{port}/blobs/{file}")), b"moved".to_vec())
+    } else if let Some(file) = file {
+        ("307 Temporary Redirect", Some(format!("/api/resolve-cache/{file}")), b"moved".to_vec())
+    } else if let Some(body) = path
+        .strip_prefix("/blobs/")
+        .or(path.strip_prefix("/api/resolve-cache/"))
+        .and_then(|file| state.files.get(file))
+    {
         ("200 OK", None, body.clone())
     } else {
         ("404 Not Found", None, Vec::new())
@@ -82,7 +102,7 @@ fn answer(stream: TcpStream, state: &mut State) {
 fn info(state: &State) -> serde_json::Value {
     let siblings = state.files.iter().map(|(name, bytes)| {
         let sha256 = state.sha256.clone().unwrap_or_else(|| hex(&Sha256::digest(bytes)));
-        match name.ends_with(".safetensors") {
+        match name.ends_with(".safetensors") && state.has_sha256 {
             true => json!({ "rfilename": name, "size": bytes.len(), "lfs": { "sha256": sha256 } }),
             false => json!({ "rfilename": name, "size": bytes.len() }),
         }
@@ -170,12 +190,12 @@ fn tokens_are_sent_and_refusals_explained() {
     let error = server.hub(cache.path(), None).pull(&name(), false, &|_| {}).unwrap_err();
     assert!(matches!(error, HubError::Refused { status: 401, .. }), "{error}");
     assert!(error.help().contains("HF_TOKEN"));
-    // A token is not sent on to where the hub redirects; there, this one would be asked for it.
-    let error = server.hub(cache.path(), Some("secret")).pull(&name(), false, &|_| {}).unwrap_err();
-    assert!(matches!(error, HubError::Refused { status: 401, .. }), "{error}");
-    assert_eq!(server.state.lock().unwrap().requests.last().unwrap(), "/blobs/model.safetensors");
+    // A token is sent on within the hub, and not to another host: each refuses the fetch otherwise.
+    server.hub(cache.path(), Some("secret")).pull(&name(), false, &|_| {}).unwrap();
+    let asked = server.state.lock().unwrap().requests.clone();
+    assert!(asked.contains(&"/api/resolve-cache/config.json".to_owned()), "{asked:?}");
+    assert!(asked.contains(&"/blobs/model.safetensors".to_owned()), "{asked:?}");
     server.state.lock().unwrap().token = None;
-    assert!(server.hub(cache.path(), Some("secret")).pull(&name(), false, &|_| {}).is_ok());
     let other = HubName::parse("org/other").unwrap();
     let error = server.hub(cache.path(), None).pull(&other, false, &|_| {}).unwrap_err();
     assert!(matches!(error, HubError::Refused { status: 404, .. }), "{error}");
@@ -190,6 +210,11 @@ fn what_cannot_be_fetched_says_so() {
     let error = unreachable.pull(&name(), false, &|_| {}).unwrap_err();
     assert_eq!(error.to_string(), "cannot reach the hub at http://127.0.0.1:1");
     assert!(error.help().contains("HF_ENDPOINT"));
+    let server = FakeHub::start(&FILES);
+    server.state.lock().unwrap().has_sha256 = false;
+    let error = server.hub(cache.path(), None).pull(&name(), false, &|_| {}).unwrap_err();
+    assert!(error.to_string().ends_with(r#"it has no SHA-256 of "model.safetensors""#), "{error}");
+    assert_eq!(server.num_requests(), 1, "nothing is fetched that cannot be verified");
     let server = FakeHub::start(&FILES[..2]);
     let error = server.hub(cache.path(), None).pull(&name(), false, &|_| {}).unwrap_err();
     assert_eq!(error.to_string(), "model org/model of the hub has no model.safetensors");
