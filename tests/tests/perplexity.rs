@@ -12,7 +12,7 @@ use tidemill_operators::tokenizer::gguf::text_of;
 use tidemill_tests::{default_model, model, workspace};
 
 const MAX_EXCESS: f64 = 0.01;
-const WINDOW: usize = 256;
+const WINDOW: usize = 512;
 const NUM_WINDOWS: usize = 4;
 
 /// Articles of the example, titles and bodies.

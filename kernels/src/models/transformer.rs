@@ -79,7 +79,9 @@ impl Transformer {
             num_pages: kv.num_pages,
         };
         let runner = match &weights.layers {
-            AnyLayers::Reference(layers) => AnyRunner::Reference(Box::new(Runner::new(Arc::clone(layers), shape))),
+            AnyLayers::Reference(layers) => {
+                AnyRunner::Reference(Box::new(Runner::new(Arc::clone(layers), shape)))
+            }
             AnyLayers::Fast(layers) => AnyRunner::Fast(Box::new(Runner::new(Arc::clone(layers), shape))),
         };
         Ok(Self { info, runner, team })
