@@ -232,12 +232,15 @@ def installed():
             sys.exit("TIDEMILL_PEER_LLAMA_CPP is needed too: its llama-quantize makes the model")
         return []
     quantize, threads = pathlib.Path(llama) / "llama-quantize", str(num_cores())
-    server = ["-np", "8", "-t", threads, "-tb", threads, "-b", "2048", "-ub", "512", "-c", "8192"]
-    peers = [Peer(f"llama.cpp {kind}", llama, requantized(quantize, kind), {"prefill": [], "decode": []}, server, 1, 8)
+    server = ["-np", "8", "-t", threads, "-tb", threads, "-b", "2048", "-ub", "512", "-c", "8192",
+              "-fa", "off"]
+    peers = [Peer(f"llama.cpp {kind}", llama, requantized(quantize, kind),
+                  {"prefill": ["-fa", "1"], "decode": ["-fa", "off"]}, server, 1, 8)
              for kind in ("Q4_0", "Q8_0")]
     if ik:
         peers.append(Peer("ik_llama.cpp Q8_0", ik, requantized(quantize, "Q8_0"),
-                          {"prefill": ["-rtr", "1", "-fa", "1"], "decode": ["-rtr", "-fa", "on"]},
+                          {"prefill": ["-rtr", "1", "-fa", "1"],
+                           "decode": ["-rtr", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"]},
                           ["-np", "1", "-t", "1", "-tb", "1", "-fa", "on", "-b", "2048", "-ub", "512", "-c", "1024",
                            "-ctk", "q8_0", "-ctv", "q8_0", "-rtr"], num_cores(), 1))
     return peers
@@ -284,7 +287,7 @@ def main():
     tidemill = Tidemill()
     wanted = args.peer or [""]
     engines = [tidemill, *(peer for peer in installed() if any(text in peer.name for text in wanted))]
-    samples = {}
+    samples, machine = {}, None
     for round_index in range(args.repeat):
         for part in parts:
             for engine in engines:
@@ -292,14 +295,15 @@ def main():
                 arguments = {"engine": [args.quick], "offline": [requests], "start": []}[part]
                 for figure, value in getattr(engine, part)(*arguments).items():
                     samples.setdefault(figure, {}).setdefault(engine.name, []).append(value)
+        # After every round, so that a run which is ended early leaves what it measured.
+        machine = getattr(tidemill, "report", {}).get("machine")
+        if args.json:
+            report = {"rounds": round_index + 1, "samples": samples, "machine": machine}
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
     print(table(samples, engines))
-    report = {"repeat": args.repeat, "samples": samples, "machine": getattr(tidemill, "report", {}).get("machine")}
-    if report["machine"]:
-        machine = ", ".join(f"{name} {value:.0f}" for name, value in report["machine"].items()
-                            if isinstance(value, float))
-        print(f"\nmachine: {machine}")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if machine:
+        print("\nmachine: " + ", ".join(f"{name} {value:.0f}" for name, value in machine.items()
+                                        if isinstance(value, float)))
 
 
 if __name__ == "__main__":
