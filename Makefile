@@ -4,6 +4,9 @@ MODEL := smollm2-135m-instruct
 MODELS := $(MODEL) gemma-3-270m
 DEMO := examples/news-summaries
 PYTHON := target/venv/bin/python
+# Exported, so that cargo and what is built by it agree, whoever set it.
+export CARGO_TARGET_DIR ?= target
+export TIDEMILL := $(CARGO_TARGET_DIR)/release/tidemill
 # rustup puts cargo where only a login shell looks.
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
@@ -31,20 +34,20 @@ data: setup ## fetch 300 real news articles into data/articles.parquet
 	@$(PYTHON) scripts/fetch_news.py
 
 demo: build ## set up, fetch the model, build, summarize the news of the example
-	@target/release/tidemill models pull $(MODEL)
-	@target/release/tidemill run $(DEMO)/pipeline.yaml
+	@$(TIDEMILL) models pull $(MODEL)
+	@$(TIDEMILL) run $(DEMO)/pipeline.yaml
 	@if sh scripts/venv.sh; then $(PYTHON) scripts/show_summaries.py $(DEMO)/out/summaries; \
 	else echo "demo: the summaries are Parquet files in $(DEMO)/out/summaries"; fi
 
 bench: build ## measure the engine and the offline job beside the machine's own peak
-	@target/release/tidemill models pull $(MODEL)
+	@$(TIDEMILL) models pull $(MODEL)
 	@python3 scripts/offline_job.py
 	@mkdir -p out
-	@target/release/tidemill bench engine --json out/bench-engine.json
-	@target/release/tidemill bench offline --json out/bench-offline.json
+	@$(TIDEMILL) bench engine --json out/bench-engine.json
+	@$(TIDEMILL) bench offline --json out/bench-offline.json
 
 peers: build ## run Tidemill beside other engines that are installed (scripts/peers/README.md)
-	@target/release/tidemill models pull $(MODEL)
+	@$(TIDEMILL) models pull $(MODEL)
 	@python3 scripts/offline_job.py
 	@mkdir -p out
 	@python3 scripts/peers/compare.py --json out/peers.json
@@ -55,5 +58,5 @@ test: setup models ## set up and run every check and test that needs no GPU
 	@echo "test: lints (some minutes when cold)"
 	@cargo clippy --locked --workspace --all-targets -- -D warnings
 	@echo "test: tests"
-	@bash -o pipefail -c 'cargo test --locked --workspace -- --quiet 2>&1 | tee target/test.log'
-	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' target/test.log
+	@bash -o pipefail -c 'cargo test --locked --workspace -- --quiet 2>&1 | tee $(CARGO_TARGET_DIR)/test.log'
+	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' $(CARGO_TARGET_DIR)/test.log
