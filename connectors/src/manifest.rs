@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::sink::Part;
-use crate::source::{InputFile, Position};
+use crate::source::{Checkpoint, InputFile};
 
 const FORMAT: u32 = 1;
 /// A commit is a few hundred bytes; a file beyond this is not a manifest.
@@ -30,7 +30,7 @@ pub struct Header {
 /// Results and errors up to a position of the input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Commit {
-    pub position: Position,
+    pub position: Checkpoint,
     pub output: Option<Part>,
     pub errors: Option<Part>,
 }

@@ -18,7 +18,7 @@ use crate::jsonl::JsonlSink;
 use crate::manifest::{Commit, Manifest, ManifestError};
 use crate::parquet::ParquetSink;
 use crate::sink::{Part, Sink, SinkError, sync_folder};
-use crate::source::{InputFile, Position};
+use crate::source::{Checkpoint, InputFile};
 
 mod changes;
 
@@ -52,7 +52,7 @@ pub enum Resume {
     Fresh,
     /// Rows before `position` are committed.
     Continue {
-        position: Position,
+        position: Checkpoint,
         rows: u64,
         errors: u64,
     },
@@ -278,11 +278,11 @@ impl Output {
     }
 
     /// Commits all that is staged; `position` is where it ends in the input.
-    pub fn commit(&mut self, position: Position) -> Result<(), OutputError> {
-        self.attempt(|output| output.commit_staged(position))
+    pub fn commit(&mut self, position: impl Into<Checkpoint>) -> Result<(), OutputError> {
+        self.attempt(|output| output.commit_staged(position.into()))
     }
 
-    fn commit_staged(&mut self, position: Position) -> Result<(), OutputError> {
+    fn commit_staged(&mut self, position: Checkpoint) -> Result<(), OutputError> {
         let output = self.sink.prepare()?;
         let errors = self.errors.prepare()?;
         if let Some(state) = &mut self.state {
@@ -337,7 +337,7 @@ fn recover(manifest: &Manifest, sink: &mut dyn Sink, errors: &mut dyn Sink) -> R
     let (rows, num_errors) = (count(&output_parts), count(&error_parts));
     Ok(match manifest.commits.last() {
         _ if manifest.finished => Resume::Finished { rows, errors: num_errors },
-        Some(last) => Resume::Continue { position: last.position, rows, errors: num_errors },
+        Some(last) => Resume::Continue { position: last.position.clone(), rows, errors: num_errors },
         None => Resume::Fresh,
     })
 }

@@ -4,12 +4,18 @@
 //! rows were cut into batches before. A bad row is a value, [`RejectedRow`]; only a broken input is an error.
 //! Retries and parallel reading are absent: one source is one sequence of rows.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use serde::{Deserialize, Serialize};
+
+use crate::kafka::KafkaError;
 
 /// The most bytes of a rejected row which are kept.
 pub const MAX_REJECTED_BYTES: usize = 64 << 10;
@@ -23,6 +29,68 @@ pub struct Position {
     pub row: u64,
 }
 
+/// Where to go on after what is committed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Checkpoint {
+    /// Of inputs that are read one after the other.
+    Row(Position),
+    /// Of inputs that are read side by side: the next row of each, by name.
+    Offsets(BTreeMap<String, u64>),
+}
+
+impl From<Position> for Checkpoint {
+    fn from(position: Position) -> Self {
+        Self::Row(position)
+    }
+}
+
+impl Checkpoint {
+    /// The state before anything is read.
+    pub fn start(side_by_side: bool) -> Self {
+        if side_by_side { Self::Offsets(BTreeMap::new()) } else { Self::Row(Position::default()) }
+    }
+
+    /// Takes in that everything before `end` in its input is done.
+    pub fn advance(&mut self, end: Position, names: &InputNames) {
+        match self {
+            Self::Row(position) => *position = end,
+            Self::Offsets(offsets) => {
+                offsets.insert(names.get(end.file).to_string(), end.row);
+            }
+        }
+    }
+}
+
+/// The names of inputs by their number; a stream adds to them while it is read.
+#[derive(Clone, Debug, Default)]
+pub struct InputNames {
+    names: Arc<RwLock<Vec<Arc<str>>>>,
+}
+
+impl InputNames {
+    pub fn of_files(files: &[InputFile]) -> Self {
+        let names = files.iter().map(|file| file.path.display().to_string().into()).collect();
+        Self { names: Arc::new(RwLock::new(names)) }
+    }
+
+    /// The number of a name, which is added if it is new.
+    pub fn number(&self, name: &str) -> u32 {
+        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        let known = names.iter().position(|known| &**known == name);
+        known.unwrap_or_else(|| {
+            names.push(name.into());
+            names.len() - 1
+        }) as u32
+    }
+
+    /// A number that was never given out is its own name.
+    pub fn get(&self, number: u32) -> Arc<str> {
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        names.get(number as usize).cloned().unwrap_or_else(|| number.to_string().into())
+    }
+}
+
 /// One file to read, with its size when the source was opened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InputFile {
@@ -30,7 +98,7 @@ pub struct InputFile {
     pub bytes: u64,
 }
 
-/// Rows of one file; never of two.
+/// Rows of one file or partition; never of two.
 #[derive(Clone, Debug)]
 pub struct SourceBatch {
     pub rows: RecordBatch,
@@ -39,6 +107,10 @@ pub struct SourceBatch {
     pub row_numbers: Vec<u64>,
     /// Rows between `start` and `end` which could not be read.
     pub rejected: Vec<RejectedRow>,
+    /// The rejected rows as they came, if the source keeps more of them than text. `[rejected.len()]`
+    pub rejected_rows: Option<RecordBatch>,
+    /// Set when the rows are another reader's from now on: nothing of them may be written any more.
+    pub revoked: Arc<AtomicBool>,
     pub start: Position,
     /// Where to continue after this batch; in the same file as `start`.
     pub end: Position,
@@ -71,7 +143,16 @@ impl BatchLimits {
     }
 }
 
-/// A finite sequence of rows.
+/// What a source has to say when it is asked for rows.
+#[derive(Debug)]
+pub enum Read {
+    Batch(SourceBatch),
+    /// Nothing now; ask again.
+    Idle,
+    End,
+}
+
+/// A sequence of rows; of a stream, one that goes on.
 pub trait Source: Send {
     /// The schema of every batch.
     fn schema(&self) -> SchemaRef;
@@ -82,11 +163,35 @@ pub trait Source: Send {
     /// All rows, rejected ones included; `None` if only reading can tell.
     fn num_rows(&self) -> Option<u64>;
 
-    /// Continues at `position`, exactly.
+    /// Names for the numbers in batches.
+    fn names(&self) -> InputNames {
+        InputNames::of_files(self.inputs())
+    }
+
+    /// Continues at `position`, exactly. Of a stream, none but [`resume`](Self::resume) is asked.
     fn seek(&mut self, position: Position) -> Result<(), SourceError>;
+
+    /// Continues after what is committed.
+    fn resume(&mut self, checkpoint: &Checkpoint) -> Result<(), SourceError> {
+        match checkpoint {
+            Checkpoint::Row(position) => self.seek(*position),
+            Checkpoint::Offsets(_) => Err(SourceError::OtherKind),
+        }
+    }
 
     /// The next rows, or `None` at the end. A batch may hold rejected rows only.
     fn next_batch(&mut self) -> Result<Option<SourceBatch>, SourceError>;
+
+    /// As [`next_batch`](Self::next_batch), but a stream returns in a moment, with or without rows.
+    fn read(&mut self) -> Result<Read, SourceError> {
+        Ok(self.next_batch()?.map_or(Read::End, Read::Batch))
+    }
+
+    /// Called instead of [`read`](Self::read) while nobody takes rows, for about `wait`. False if the source does
+    /// not need it and may as well be left alone.
+    fn hold_back(&mut self, _wait: Duration) -> Result<bool, SourceError> {
+        Ok(false)
+    }
 }
 
 /// Why an input as a whole cannot be read.
@@ -138,6 +243,12 @@ pub enum SourceError {
 
     #[error("stream {path:?} cannot go back from row {from} to row {to}")]
     NotSeekable { path: PathBuf, from: u64, to: u64 },
+
+    #[error("the output was begun with another kind of input")]
+    OtherKind,
+
+    #[error(transparent)]
+    Kafka(#[from] KafkaError),
 }
 
 impl SourceError {
@@ -171,6 +282,8 @@ impl SourceError {
             }
             Self::NoSuchPosition { .. } => "the input is shorter than it was: was it replaced?".into(),
             Self::NotSeekable { .. } => "write the stream to a file first: a file can be resumed".into(),
+            Self::OtherKind => "give the sink another path, or start anew with --force".into(),
+            Self::Kafka(error) => return error.help(),
         })
     }
 }

@@ -102,6 +102,8 @@ pub enum ErrorKind {
     Template,
     /// Prompt and answer do not fit the model or the KV cache.
     TooLong,
+    /// The sink does not take records of this size.
+    TooLarge,
 }
 
 impl ErrorKind {
@@ -112,6 +114,7 @@ impl ErrorKind {
             Self::Empty => "empty",
             Self::Template => "template",
             Self::TooLong => "too_long",
+            Self::TooLarge => "too_large",
         }
     }
 }

@@ -16,6 +16,8 @@ use crate::document::Generated;
 /// Part of every key. Raise it when the same inputs may give another answer.
 const ENGINE_VERSION: u32 = 1;
 const ANSWERS: TableDefinition<'static, [u8; 32], &[u8]> = TableDefinition::new("answers");
+/// What was written before the last rotation.
+const OLDER: TableDefinition<'static, [u8; 32], &[u8]> = TableDefinition::new("older-answers");
 
 /// Names an answer by everything it depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -71,6 +73,7 @@ impl Journal {
         // The table must exist before the first look-up.
         let transaction = database.begin_write().map_err(|error| fail(error.into()))?;
         transaction.open_table(ANSWERS).map_err(|error| fail(error.into()))?;
+        transaction.open_table(OLDER).map_err(|error| fail(error.into()))?;
         transaction.commit().map_err(|error| fail(error.into()))?;
         Ok(Self { database: Arc::new(database), path: name })
     }
@@ -79,9 +82,24 @@ impl Journal {
     pub fn get(&self, key: &JournalKey) -> Result<Option<Generated>, JournalError> {
         let fail = |source: redb::Error| failed("read", &self.path, source);
         let transaction = self.database.begin_read().map_err(|error| fail(error.into()))?;
-        let table = transaction.open_table(ANSWERS).map_err(|error| fail(error.into()))?;
-        let entry = table.get(&key.0).map_err(|error| fail(error.into()))?;
-        Ok(entry.and_then(|entry| serde_json::from_slice(entry.value()).ok()))
+        for table in [ANSWERS, OLDER] {
+            let table = transaction.open_table(table).map_err(|error| fail(error.into()))?;
+            let entry = table.get(&key.0).map_err(|error| fail(error.into()))?;
+            if let Some(generated) = entry.and_then(|entry| serde_json::from_slice(entry.value()).ok()) {
+                return Ok(Some(generated));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Forgets what was written before the last rotation. An endless run calls it when all that is committed.
+    pub fn rotate(&self) -> Result<(), JournalError> {
+        let fail = |source: redb::Error| failed("rotate", &self.path, source);
+        let transaction = self.database.begin_write().map_err(|error| fail(error.into()))?;
+        transaction.delete_table(OLDER).map_err(|error| fail(error.into()))?;
+        transaction.rename_table(ANSWERS, OLDER).map_err(|error| fail(error.into()))?;
+        transaction.open_table(ANSWERS).map_err(|error| fail(error.into()))?;
+        transaction.commit().map_err(|error| fail(error.into()))
     }
 
     /// Makes the answers durable, in one transaction.
@@ -98,7 +116,7 @@ impl Journal {
         transaction.commit().map_err(|error| fail(error.into()))
     }
 
-    /// Number of answers kept.
+    /// Number of answers since the last rotation.
     pub fn len(&self) -> Result<u64, JournalError> {
         let fail = |source: redb::Error| failed("read", &self.path, source);
         let transaction = self.database.begin_read().map_err(|error| fail(error.into()))?;
@@ -137,6 +155,21 @@ mod tests {
         assert_eq!(journal.get(&key(2)).unwrap(), Some(answer("two")));
         assert_eq!(journal.get(&key(3)).unwrap(), None);
         assert_eq!(journal.len().unwrap(), 2);
+    }
+
+    #[test]
+    fn an_answer_outlives_one_rotation() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = |n| JournalKey::new("model", &[n], 8, &SamplingParams::GREEDY);
+        let journal = Journal::open(&folder.path().join("journal.redb")).unwrap();
+        journal.put(&[(key(1), &answer("one"))]).unwrap();
+        journal.rotate().unwrap();
+        journal.put(&[(key(2), &answer("two"))]).unwrap();
+        assert_eq!(journal.get(&key(1)).unwrap(), Some(answer("one")));
+        journal.rotate().unwrap();
+        assert_eq!(journal.get(&key(1)).unwrap(), None);
+        assert_eq!(journal.get(&key(2)).unwrap(), Some(answer("two")));
+        assert!(journal.is_empty().unwrap());
     }
 
     #[test]

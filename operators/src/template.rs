@@ -4,15 +4,17 @@
 //! a title, `{{ title or "untitled" }}` says what to do with it. A document whose columns are all empty is
 //! refused too, since a model would answer it with an invention.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use arrow::array::{Array, AsArray, StructArray};
 use arrow::datatypes::{
-    DataType, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type,
-    UInt16Type, UInt32Type, UInt64Type,
+    DataType, Field, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type,
+    UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use minijinja::{Environment, Error, ErrorKind as JinjaErrorKind, UndefinedBehavior, Value};
+use serde_json::value::RawValue;
 
 use crate::chat::jinja;
 use crate::document::{self, Document};
@@ -20,6 +22,8 @@ use crate::document::{self, Document};
 /// Instructions one rendering may take, so that a loop in a template cannot stop the pipeline.
 const MAX_FUEL: u64 = 10_000_000;
 const NAME: &str = "prompt";
+/// Metadata of a field which says what its text is.
+const FORMAT_KEY: &str = "tidemill.format";
 
 /// One compiled template.
 #[derive(Debug)]
@@ -64,18 +68,32 @@ impl Template {
         &self.variables
     }
 
+    /// Renders one document whatever it holds; for keys and headers.
+    pub fn render_value(&self, document: &Document) -> Result<String, RenderError> {
+        self.render_with(document, |_| None)
+    }
+
     /// Renders one document. Every variable must be a column or the name of an earlier step.
     pub fn render(&self, document: &Document) -> Result<String, RenderError> {
+        self.render_with(document, |values| empty(document, values))
+    }
+
+    fn render_with(
+        &self,
+        document: &Document,
+        refuse: impl FnOnce(&[(&str, Value)]) -> Option<String>,
+    ) -> Result<String, RenderError> {
+        let fields = Fields::of(document);
         let mut nulls = Vec::new();
         let mut values = Vec::new();
         for name in &self.variables {
-            let value = variable(document, name);
+            let value = variable(document, &fields, name);
             if value.is_none() {
                 nulls.push(name.as_str());
             }
             values.push((name.as_str(), value));
         }
-        if let Some(message) = empty(document, &values) {
+        if let Some(message) = refuse(&values) {
             return Err(RenderError { kind: document::ErrorKind::Empty, message });
         }
         let template = self.environment.get_template(NAME).expect("compiled in `new`");
@@ -84,13 +102,40 @@ impl Template {
     }
 }
 
-fn variable(document: &Document, name: &str) -> Value {
-    match document.results.get(name) {
-        Some(result) => Value::from(result.text.as_str()),
-        None => match document.batch().column_by_name(name) {
-            Some(column) => cell(column, document.index()),
-            None => Value::UNDEFINED,
-        },
+/// The fields of a row whose text is a JSON object, besides its columns.
+struct Fields<'a>(Option<BTreeMap<Cow<'a, str>, &'a RawValue>>);
+
+impl<'a> Fields<'a> {
+    fn of(document: &'a Document) -> Self {
+        let schema = document.batch().schema_ref();
+        let found = schema.fields().iter().position(|field| is_json(field)).and_then(|index| {
+            let text = document.batch().column(index).as_string_opt::<i32>()?;
+            serde_json::from_str(text.value(document.index())).ok()
+        });
+        Self(found)
+    }
+
+    /// A field that is not there is null: objects of a stream need not have the same fields.
+    fn get(&self, name: &str) -> Option<Value> {
+        let fields = self.0.as_ref()?;
+        let value =
+            fields.get(name).and_then(|raw| serde_json::from_str::<serde_json::Value>(raw.get()).ok());
+        Some(value.map_or(Value::from(()), json))
+    }
+}
+
+/// Whether a text column holds JSON objects, whose fields templates may name.
+pub fn is_json(field: &Field) -> bool {
+    field.metadata().get(FORMAT_KEY).is_some_and(|format| format == "json")
+}
+
+fn variable(document: &Document, fields: &Fields<'_>, name: &str) -> Value {
+    if let Some(result) = document.results.get(name) {
+        return Value::from(result.text.as_str());
+    }
+    match document.batch().column_by_name(name) {
+        Some(column) => cell(column, document.index()),
+        None => fields.get(name).unwrap_or(Value::UNDEFINED),
     }
 }
 
@@ -152,6 +197,9 @@ fn cell(array: &dyn Array, index: usize) -> Value {
         DataType::LargeList(_) => items(array.as_list::<i64>().value(index).as_ref()),
         DataType::FixedSizeList(..) => items(array.as_fixed_size_list().value(index).as_ref()),
         DataType::Struct(_) => fields(array.as_struct(), index),
+        DataType::Binary => text(array.as_binary::<i32>().value(index)),
+        DataType::LargeBinary => text(array.as_binary::<i64>().value(index)),
+        DataType::Map(..) => entries(&array.as_map().value(index)),
         DataType::Dictionary(..) => {
             let dictionary = array.as_any_dictionary();
             cell(dictionary.values(), dictionary.normalized_keys()[index])
@@ -167,6 +215,37 @@ fn items(values: &dyn Array) -> Value {
 fn fields(values: &StructArray, index: usize) -> Value {
     let cells = values.columns().iter().map(|column| cell(column, index));
     Value::from(values.column_names().into_iter().zip(cells).collect::<BTreeMap<_, _>>())
+}
+
+/// A JSON value; its depth is bounded by the parser.
+fn json(value: serde_json::Value) -> Value {
+    use serde_json::Value as Json;
+    match value {
+        Json::Null => Value::from(()),
+        Json::Bool(value) => Value::from(value),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(number), _) => Value::from(number),
+            (None, Some(number)) => Value::from(number),
+            (None, None) => number.as_f64().map_or(Value::from(()), Value::from),
+        },
+        Json::String(text) => Value::from(text),
+        Json::Array(items) => Value::from(items.into_iter().map(json).collect::<Vec<_>>()),
+        Json::Object(fields) => Value::from(
+            fields.into_iter().map(|(name, value)| (name, json(value))).collect::<BTreeMap<_, _>>(),
+        ),
+    }
+}
+
+/// A map with keys of text. Of a key that occurs twice, the last one counts.
+fn entries(values: &StructArray) -> Value {
+    let (keys, values) = (values.column(0), values.column(1));
+    let pairs = (0..keys.len()).map(|index| (cell(keys, index).to_string(), cell(values, index)));
+    Value::from(pairs.collect::<BTreeMap<_, _>>())
+}
+
+/// Bytes as text; what is not UTF-8 is replaced.
+fn text(bytes: &[u8]) -> Value {
+    Value::from(String::from_utf8_lossy(bytes).into_owned())
 }
 
 fn displayed(array: &dyn Array, index: usize) -> Value {

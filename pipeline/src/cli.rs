@@ -40,7 +40,7 @@ Examples:
 
 Exit codes: 0 done, 1 failed, 2 wrong definition or command line, 3 error budget exceeded, 130 interrupted.";
 
-/// Streams documents from Parquet or JSONL through a language model and writes the answers.
+/// Streams documents from Parquet, JSONL or Kafka through a language model and writes the answers.
 #[derive(Debug, Parser)]
 #[command(name = "tidemill", version, after_help = EXAMPLES)]
 pub struct Cli {
@@ -77,6 +77,9 @@ struct RunArgs {
     /// Replace output that is finished or was made by another definition
     #[arg(long)]
     force: bool,
+    /// Read topics to where they end now, then end
+    #[arg(long)]
+    until_end: bool,
     /// No progress and no summary
     #[arg(long, short)]
     quiet: bool,
@@ -208,8 +211,13 @@ fn run_command(args: &RunArgs) -> Result<(), CliError> {
     let target = checked.plan.sink.target.clone();
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signal(&stop)?;
-    let options =
-        RunOptions { num_workers: args.workers.into(), force: args.force, progress: !args.quiet, stop };
+    let options = RunOptions {
+        num_workers: args.workers.into(),
+        force: args.force,
+        progress: !args.quiet,
+        until_end: args.until_end,
+        stop,
+    };
     let outcome = run(checked, &options)?;
     let summary = match &outcome {
         Outcome::NothingToDo { rows, errors } => {

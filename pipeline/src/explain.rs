@@ -14,7 +14,7 @@ use tidemill_operators::group::distinct::distinct_tokens;
 use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::models::load::{LoadError, load};
-use crate::plan::{Checked, GeneratePlan, Plan};
+use crate::plan::{Checked, GeneratePlan, Input, Plan, Target};
 use crate::summary::{share, thousands};
 
 /// What one step would compute.
@@ -66,13 +66,21 @@ impl ExplainError {
 
 /// Counts a plan's input.
 pub fn explain(checked: Checked, say: &dyn Fn(&str)) -> Result<Explanation, ExplainError> {
-    let Checked { plan, mut source } = checked;
+    let Checked { plan, source } = checked;
+    let mut source = match source {
+        Input::Files(source) => source,
+        Input::Topics(mut source) => {
+            source.set_alone();
+            source.set_until_end();
+            source
+        }
+    };
     let loaded = load(&plan.model, &plan.model_name, plan.devices, say)?;
     let engines = loaded.engines(&plan.engine, plan.devices)?;
     let mut explanation = Explanation {
         name: plan.name.clone(),
         model: plan.model_name.clone(),
-        input: plan.source_path.display().to_string(),
+        input: plan.source_name.clone(),
         files: source.inputs().len(),
         documents: 0,
         malformed: 0,
@@ -149,8 +157,7 @@ impl StepCount {
 
 /// The dataflow as text.
 pub fn graph(plan: &Plan) -> String {
-    let mut text =
-        format!("source {} ({} columns)\n", plan.source_path.display(), plan.input_schema.fields().len());
+    let mut text = format!("source {} ({} columns)\n", plan.source_name, plan.input_schema.fields().len());
     for step in &plan.steps {
         let _ = writeln!(
             text,
@@ -158,8 +165,15 @@ pub fn graph(plan: &Plan) -> String {
             step.name, step.max_tokens
         );
     }
-    let _ = writeln!(text, "      └ sink {}", target(&plan.sink.target));
-    let _ = writeln!(text, "      └ errors {}", target(&plan.sink.errors));
+    let (sink, errors) = match &plan.sink.target {
+        Target::Files { sink, errors } => (target(sink), target(errors)),
+        Target::Topics(topics) => {
+            let topic = |name: &str| format!("{name} (kafka at {})", topics.producer.cluster.brokers);
+            (topic(&topics.producer.topic), topic(&topics.producer.errors_topic))
+        }
+    };
+    let _ = writeln!(text, "      └ sink {sink}");
+    let _ = writeln!(text, "      └ errors {errors}");
     text
 }
 

@@ -15,4 +15,5 @@ pub mod progress;
 pub mod render;
 pub mod run;
 pub mod spec;
+pub mod state;
 pub mod summary;

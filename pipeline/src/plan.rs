@@ -5,28 +5,33 @@
 //! [`run`](crate::run), since checking must not fetch or write anything.
 
 pub mod device;
+pub mod kafka;
+pub mod steps;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::datatypes::{Field, Schema, SchemaRef};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tidemill_connectors::jsonl::JsonlSource;
+use tidemill_connectors::kafka::source::KafkaSource;
 use tidemill_connectors::output::SinkSpec as SinkTarget;
 use tidemill_connectors::parquet::ParquetSource;
-use tidemill_connectors::source::{BatchLimits, Source, SourceError};
+use tidemill_connectors::source::{BatchLimits, InputFile, Source, SourceError};
 use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::template::Template;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
 use self::device::Devices;
+use self::kafka::TopicPlan;
+use self::steps::{step_fields, steps};
 use crate::models::catalogue::{ModelRef, OTHER_NAMES, resolve};
 use crate::spec::{
-    Budget, Definition, FilesSpec, GenerateSpec, PathSpec, SinkSpec, SourceSpec, Spanned, SpecError,
-    StepSpec, TargetSpec,
+    Budget, Definition, FilesSpec, PathSpec, SinkSpec, SourceSpec, Spanned, SpecError, TargetSpec,
 };
 
-const DEFAULT_MAX_TOKENS: u32 = 256;
 const DEFAULT_COMMIT_ROWS: u64 = 100_000;
 const DEFAULT_COMMIT_SECONDS: u64 = 10;
 const DEFAULT_CREDIT_DOCUMENTS: u64 = 4096;
@@ -51,7 +56,10 @@ pub struct Plan {
     pub model_name: String,
     pub devices: Devices,
     pub input_schema: SchemaRef,
-    pub source_path: PathBuf,
+    /// What is read, for people.
+    pub source_name: String,
+    /// Where a pipeline on topics keeps its journal.
+    pub state_folder: PathBuf,
     pub steps: Vec<GeneratePlan>,
     pub sink: SinkPlan,
     pub engine: EnginePlan,
@@ -74,11 +82,48 @@ pub struct GeneratePlan {
 
 #[derive(Debug)]
 pub struct SinkPlan {
-    pub target: SinkTarget,
-    pub errors: SinkTarget,
+    pub target: Target,
     pub budget: Option<Budget>,
     pub commit_rows: u64,
-    pub commit_seconds: u64,
+    pub commit_interval: Duration,
+}
+
+/// Where results and errors go, committed together.
+#[derive(Clone, Debug)]
+pub enum Target {
+    Files { sink: SinkTarget, errors: SinkTarget },
+    Topics(Box<TopicPlan>),
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Files { sink, .. } => write!(f, "{sink}"),
+            Self::Topics(topics) => write!(f, "topic {}", topics.producer.topic),
+        }
+    }
+}
+
+/// An opened source.
+pub enum Input {
+    Files(Box<dyn Source>),
+    Topics(Box<KafkaSource>),
+}
+
+impl Input {
+    pub fn source(&self) -> &dyn Source {
+        match self {
+            Self::Files(source) => source.as_ref(),
+            Self::Topics(source) => source.as_ref(),
+        }
+    }
+
+    pub fn into_source(self) -> Box<dyn Source> {
+        match self {
+            Self::Files(source) => source,
+            Self::Topics(source) => source,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +155,7 @@ pub struct CreditPlan {
 /// A plan and the source it was checked against, at its first row.
 pub struct Checked {
     pub plan: Plan,
-    pub source: Box<dyn Source>,
+    pub source: Input,
 }
 
 impl std::fmt::Debug for Checked {
@@ -130,10 +175,16 @@ pub fn check(definition: &Definition) -> Result<Checked> {
     let credit = credit(definition)?;
     let engine = engine(definition)?;
     let (source, source_path) = source(definition, &credit)?;
-    let input_schema = source.schema();
+    let source_name = match (&source_path, &spec.source) {
+        (None, SourceSpec::Kafka(topics)) => kafka::name(topics),
+        (path, _) => path.as_deref().unwrap_or(Path::new("")).display().to_string(),
+    };
+    let input_schema = source.source().schema();
     let steps = steps(definition, &input_schema)?;
     let sink = sink(definition)?;
-    refuse_output_in_input(definition, &source_path, &sink)?;
+    if let Some(path) = &source_path {
+        refuse_output_in_input(definition, path, &sink)?;
+    }
     let fingerprint = fingerprint(definition, devices, &steps);
     let plan = Plan {
         name: spec.name.value.clone(),
@@ -141,7 +192,8 @@ pub fn check(definition: &Definition) -> Result<Checked> {
         model_name: spec.model.name.value.clone(),
         devices,
         input_schema,
-        source_path,
+        source_name,
+        state_folder: state_folder(definition),
         steps,
         sink,
         engine,
@@ -175,16 +227,6 @@ impl GeneratePlan {
             sampling: self.sampling,
         }
     }
-}
-
-/// The columns a step adds.
-pub fn step_fields(name: &str) -> [Field; 4] {
-    [
-        Field::new(name, DataType::Utf8, false),
-        Field::new(format!("{name}_finish_reason"), DataType::Utf8, false),
-        Field::new(format!("{name}_prompt_tokens"), DataType::UInt32, false),
-        Field::new(format!("{name}_output_tokens"), DataType::UInt32, false),
-    ]
 }
 
 fn model(definition: &Definition) -> Result<ModelRef> {
@@ -257,10 +299,26 @@ fn at_least<T>(
     Ok(Some(number))
 }
 
-fn source(definition: &Definition, credit: &CreditPlan) -> Result<(Box<dyn Source>, PathBuf)> {
+/// The folder for what is kept on disk beside topics.
+fn state_folder(definition: &Definition) -> PathBuf {
+    match &definition.spec.state {
+        Some(path) => resolve_path(definition, &path.value),
+        None => definition.folder().join(".tidemill").join(definition.spec.name.value.replace('/', "_")),
+    }
+}
+
+fn source(definition: &Definition, credit: &CreditPlan) -> Result<(Input, Option<PathBuf>)> {
+    let limits = BatchLimits {
+        max_rows: MAX_BATCH_ROWS.min(credit.documents.div_ceil(4)) as usize,
+        max_bytes: (credit.bytes / 4).max(1) as usize,
+    };
     let (kind, files) = match &definition.spec.source {
         SourceSpec::Parquet(files) => ("parquet", files),
         SourceSpec::Jsonl(files) => ("jsonl", files),
+        SourceSpec::Kafka(topics) => {
+            let source = kafka::source(definition, topics, limits)?;
+            return Ok((Input::Topics(Box::new(source)), None));
+        }
     };
     let key = format!("source.{kind}");
     let columns: Option<Vec<String>> =
@@ -269,10 +327,6 @@ fn source(definition: &Definition, credit: &CreditPlan) -> Result<(Box<dyn Sourc
         let help = Some("name at least one column, or leave the key out to read all".to_owned());
         return Err(definition.error(&files.path, &format!("{key}.columns"), "no columns are named", help));
     }
-    let limits = BatchLimits {
-        max_rows: MAX_BATCH_ROWS.min(credit.documents.div_ceil(4)) as usize,
-        max_bytes: (credit.bytes / 4).max(1) as usize,
-    };
     let path = resolve_path(definition, &files.path.value);
     let opened: std::result::Result<Box<dyn Source>, SourceError> = match &definition.spec.source {
         SourceSpec::Parquet(_) if files.path.value == STDIO => {
@@ -283,11 +337,13 @@ fn source(definition: &Definition, credit: &CreditPlan) -> Result<(Box<dyn Sourc
         SourceSpec::Parquet(_) => {
             ParquetSource::open(&path, columns.as_deref(), limits).map(|source| Box::new(source) as _)
         }
-        SourceSpec::Jsonl(_) => {
+        SourceSpec::Jsonl(_) | SourceSpec::Kafka(_) => {
             JsonlSource::open(&path, columns.as_deref(), limits).map(|source| Box::new(source) as _)
         }
     };
-    opened.map(|source| (source, path)).map_err(|error| source_error(definition, files, &key, &error))
+    opened
+        .map(|source| (Input::Files(source), Some(path)))
+        .map_err(|error| source_error(definition, files, &key, &error))
 }
 
 fn source_error(
@@ -320,135 +376,27 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn steps(definition: &Definition, schema: &Schema) -> Result<Vec<GeneratePlan>> {
-    let specs = &definition.spec.steps;
-    if specs.value.is_empty() {
-        let help = Some("add a step, such as `- generate: { name: summary, prompt: … }`".to_owned());
-        return Err(definition.error(specs, "steps", "there are no steps", help));
-    }
-    let mut taken: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
-    let mut plans: Vec<GeneratePlan> = Vec::new();
-    for (index, StepSpec::Generate(spec)) in specs.value.iter().enumerate() {
-        let key = format!("steps[{index}].generate");
-        let plan = generate(definition, spec, &key, schema, &plans)?;
-        for field in step_fields(&plan.name) {
-            if taken.contains(field.name()) {
-                let message = format!("the step would add a column {:?} that is there already", field.name());
-                let help = Some("give the step another name".to_owned());
-                return Err(definition.error(&spec.name, &format!("{key}.name"), message, help));
-            }
-            taken.push(field.name().clone());
-        }
-        plans.push(plan);
-    }
-    Ok(plans)
-}
-
-fn generate(
-    definition: &Definition,
-    spec: &GenerateSpec,
-    key: &str,
-    schema: &Schema,
-    earlier: &[GeneratePlan],
-) -> Result<GeneratePlan> {
-    let is_name = |name: &str| {
-        name.starts_with(|c: char| c.is_alphabetic() || c == '_')
-            && name.chars().all(|c| c.is_alphanumeric() || c == '_')
-    };
-    if !is_name(&spec.name.value) {
-        let message = format!("{:?} cannot name a column for templates", spec.name.value);
-        let help = Some("use letters, digits and _, not beginning with a digit".to_owned());
-        return Err(definition.error(&spec.name, &format!("{key}.name"), message, help));
-    }
-    let mut uses = Vec::new();
-    for (part, source) in [("system", spec.system.as_ref()), ("prompt", Some(&spec.prompt))] {
-        if let Some(source) = source {
-            uses.extend(template(definition, source, &format!("{key}.{part}"), schema, earlier)?);
-        }
-    }
-    uses.dedup();
-    Ok(GeneratePlan {
-        name: spec.name.value.as_str().into(),
-        system: spec.system.as_ref().map(|system| system.value.clone()),
-        prompt: spec.prompt.value.clone(),
-        max_tokens: at_least(definition, spec.max_tokens.as_ref(), 1, &format!("{key}.max_tokens"), |n| {
-            u64::from(*n)
-        })?
-        .map_or(DEFAULT_MAX_TOKENS, |max_tokens| max_tokens as u32),
-        sampling: sampling(definition, spec, key)?,
-        uses,
-    })
-}
-
-fn sampling(definition: &Definition, spec: &GenerateSpec, key: &str) -> Result<SamplingParams> {
-    let in_range = |value: &Option<Spanned<f32>>, part: &str, default: f32, most: f32| -> Result<f32> {
-        let Some(value) = value else { return Ok(default) };
-        if !(0.0..=most).contains(&value.value) {
-            let message = format!("{part} is {}, it must be between 0 and {most}", value.value);
-            return Err(definition.error(value, &format!("{key}.{part}"), message, None));
-        }
-        Ok(value.value)
-    };
-    Ok(SamplingParams {
-        temperature: in_range(&spec.temperature, "temperature", 0.0, 10.0)?,
-        top_p: in_range(&spec.top_p, "top_p", 1.0, 1.0)?,
-        top_k: spec.top_k.unwrap_or(0),
-        seed: spec.seed.unwrap_or(0),
-        ignore_eos: spec.ignore_eos,
-    })
-}
-
-/// Compiles a template and returns the earlier steps it uses.
-fn template(
-    definition: &Definition,
-    source: &Spanned<String>,
-    key: &str,
-    schema: &Schema,
-    earlier: &[GeneratePlan],
-) -> Result<Vec<String>> {
-    let template = Template::new(&source.value).map_err(|error| {
-        let detail = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
-        let message = format!("the template is not valid Jinja: {detail}");
-        definition.error(source, key, message, None).on_line(error.line().unwrap_or(0))
-    })?;
-    let mut uses = Vec::new();
-    for name in template.variables() {
-        if earlier.iter().any(|step| *step.name == **name) {
-            uses.push(name.clone());
-        } else if schema.column_with_name(name).is_none() {
-            let known: Vec<&str> = schema
-                .fields()
-                .iter()
-                .map(|field| field.name().as_str())
-                .chain(earlier.iter().map(|step| &*step.name))
-                .collect();
-            let message = format!("the template uses an unknown column {name:?}");
-            let line = source.value.lines().position(|line| line.contains(name.as_str()));
-            let help = Some(hint(name, &known));
-            return Err(definition
-                .error(source, key, message, help)
-                .on_line(line.map_or(0, |line| line + 1)));
-        }
-    }
-    Ok(uses)
-}
-
-fn hint(name: &str, known: &[&str]) -> String {
-    let best =
-        known.iter().max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
-    match best {
-        Some(best) if strsim::jaro_winkler(best, name) > 0.8 => {
-            format!("did you mean {best:?}? There are: {}", known.join(", "))
-        }
-        _ => format!("there are: {}", known.join(", ")),
-    }
-}
-
 fn sink(definition: &Definition) -> Result<SinkPlan> {
+    let budget = definition.spec.errors.as_ref().and_then(|errors| errors.budget);
     let (key, target) = match &definition.spec.sink {
         SinkSpec::Parquet(target) => ("sink.parquet", target),
         SinkSpec::Jsonl(target) => ("sink.jsonl", target),
+        SinkSpec::Kafka(target) => {
+            let topics = kafka::target(definition, target)?;
+            return Ok(SinkPlan {
+                budget,
+                commit_rows: topics.commit_rows,
+                commit_interval: Duration::from_millis(topics.commit_ms),
+                target: Target::Topics(Box::new(topics)),
+            });
+        }
     };
+    if let Some(errors) = definition.spec.errors.as_ref().and_then(|errors| errors.kafka.as_ref()) {
+        let help =
+            Some("write `errors: { jsonl: { path: … } }`: errors are committed with the results".to_owned());
+        let message = "results go to a file and errors to a topic";
+        return Err(definition.error(&errors.topic, "errors.kafka", message, help));
+    }
     let is_jsonl = matches!(definition.spec.sink, SinkSpec::Jsonl(_));
     let place = sink_target(definition, &target.path, is_jsonl, key)?;
     let errors = errors(definition, target)?;
@@ -457,20 +405,21 @@ fn sink(definition: &Definition) -> Result<SinkPlan> {
     let commit_seconds =
         at_least(definition, target.commit_seconds.as_ref(), 1, &format!("{key}.commit_seconds"), |s| *s)?;
     Ok(SinkPlan {
-        target: place,
-        errors,
-        budget: definition.spec.errors.as_ref().and_then(|errors| errors.budget),
+        target: Target::Files { sink: place, errors },
+        budget,
         commit_rows: commit_rows.unwrap_or(DEFAULT_COMMIT_ROWS),
-        commit_seconds: commit_seconds.unwrap_or(DEFAULT_COMMIT_SECONDS),
+        commit_interval: Duration::from_secs(commit_seconds.unwrap_or(DEFAULT_COMMIT_SECONDS)),
     })
 }
 
 /// Output in a folder that is read would be input of the next run.
 fn refuse_output_in_input(definition: &Definition, source: &Path, sink: &SinkPlan) -> Result<()> {
-    let target = match &definition.spec.sink {
-        SinkSpec::Parquet(target) | SinkSpec::Jsonl(target) => target,
+    let (SinkSpec::Parquet(target) | SinkSpec::Jsonl(target), Target::Files { sink, errors }) =
+        (&definition.spec.sink, &sink.target)
+    else {
+        return Ok(());
     };
-    for output in [&sink.target, &sink.errors] {
+    for output in [sink, errors] {
         if let SinkTarget::Parquet { path } | SinkTarget::Jsonl { path } = output
             && (path.starts_with(source) && source.is_dir() || path == source)
             && path.as_os_str() != STDIO
@@ -535,6 +484,13 @@ fn resolve_path(definition: &Definition, path: &str) -> PathBuf {
     if path == STDIO { PathBuf::from(path) } else { definition.folder().join(Path::new(path)) }
 }
 
+/// A definition over its inputs, in short.
+pub fn digest(fingerprint: &Value, inputs: &[InputFile]) -> String {
+    let text = json!([fingerprint, inputs]).to_string();
+    let hash = Sha256::digest(text.as_bytes());
+    hash[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Everything that decides the output, and nothing that only decides how fast it comes.
 fn fingerprint(definition: &Definition, devices: Devices, steps: &[GeneratePlan]) -> Value {
     let spec = &definition.spec;
@@ -564,11 +520,18 @@ fn fingerprint(definition: &Definition, devices: Devices, steps: &[GeneratePlan]
         "source": match &spec.source {
             SourceSpec::Parquet(parquet) => files("parquet", parquet),
             SourceSpec::Jsonl(jsonl) => files("jsonl", jsonl),
+            SourceSpec::Kafka(topics) => json!({ "kafka": {
+                "topics": topics.topics.as_ref().map(|topics| {
+                    topics.value.iter().map(|topic| topic.value.as_str()).collect::<Vec<_>>()
+                }),
+                "pattern": topics.pattern.as_ref().map(|pattern| pattern.value.as_str()),
+            }}),
         },
         "steps": steps,
         "sink": match &spec.sink {
             SinkSpec::Parquet(target) => json!({ "parquet": target.path.value }),
             SinkSpec::Jsonl(target) => json!({ "jsonl": target.path.value }),
+            SinkSpec::Kafka(target) => json!({ "kafka": target.topic.value }),
         },
     })
 }

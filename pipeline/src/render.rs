@@ -14,7 +14,7 @@ pub mod sink;
 pub mod source;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tidemill_connectors::source::Position;
@@ -58,25 +58,45 @@ impl Shared {
     }
 }
 
+/// Where an epoch ends in the input.
+#[derive(Clone, Debug)]
+pub struct EpochEnd {
+    pub position: Position,
+    /// Set when the epoch must not be written any more.
+    pub revoked: Arc<AtomicBool>,
+}
+
 /// Where each open epoch ends in the input: written before its first document is emitted, read when it is
 /// committed.
 #[derive(Debug, Default)]
 pub struct EpochLog {
-    ends: Mutex<BTreeMap<Epoch, Position>>,
+    ends: Mutex<BTreeMap<Epoch, EpochEnd>>,
+    latest: AtomicU64,
 }
 
 impl EpochLog {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Epoch, Position>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Epoch, EpochEnd>> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn insert(&self, epoch: Epoch, end: Position) {
+    pub fn insert(&self, epoch: Epoch, end: EpochEnd) {
+        self.latest.store(epoch, Ordering::Release);
         let before = self.lock().insert(epoch, end);
         assert!(before.is_none(), "an epoch is one batch");
     }
 
+    /// The last epoch that was begun.
+    pub fn latest(&self) -> Epoch {
+        self.latest.load(Ordering::Acquire)
+    }
+
+    /// Epochs that are not handed to the output yet.
+    pub fn num_open(&self) -> usize {
+        self.lock().len()
+    }
+
     /// Takes the first epoch if `is_closed` says so of it.
-    pub fn take_first(&self, is_closed: impl Fn(Epoch) -> bool) -> Option<(Epoch, Position)> {
+    pub fn take_first(&self, is_closed: impl Fn(Epoch) -> bool) -> Option<(Epoch, EpochEnd)> {
         let mut ends = self.lock();
         let first = ends.first_entry()?;
         is_closed(*first.key()).then(|| first.remove_entry())

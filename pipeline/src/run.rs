@@ -1,12 +1,14 @@
 //! Runs a checked plan to its end and says how it ended.
 
-use std::path::PathBuf;
+mod ends;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tidemill_connectors::output::{Output, OutputError, OutputSpec, Resume};
+use tidemill_connectors::kafka::KafkaError;
+use tidemill_connectors::output::{OutputError, Resume};
 use tidemill_connectors::source::{Source, SourceError};
 use tidemill_operators::counters::Counters;
 use tidemill_operators::group::Demand;
@@ -20,17 +22,16 @@ use crate::clock::Clock;
 use crate::models::load::{Engines, LoadError, load};
 use crate::plan::{Checked, Plan};
 use crate::progress::Progress;
-use crate::render::sink::rows::{Rows, errors_schema};
-use crate::render::sink::{self, SinkLimits, SinkReport, SinkThread};
+use crate::render::sink::{self, SinkLimits, SinkReport, SinkThread, Target};
 use crate::render::source::SourceThread;
 use crate::render::{EpochLog, Shared, render};
+use crate::run::ends::Opened;
 use crate::summary::Summary;
 
 /// A worker without work sleeps this long at most, so that it sees a stop.
 const PARK: Duration = Duration::from_millis(50);
 /// Prompts an engine has waiting, as a multiple of those it runs.
 const QUEUE_FACTOR: usize = 2;
-const JOURNAL: &str = "journal.redb";
 
 /// What the command line adds to a plan.
 #[derive(Clone, Debug)]
@@ -40,6 +41,8 @@ pub struct RunOptions {
     pub force: bool,
     /// Show progress.
     pub progress: bool,
+    /// Read topics to where they end now, and no further.
+    pub until_end: bool,
     /// Set from outside to end the run early.
     pub stop: Arc<AtomicBool>,
 }
@@ -66,6 +69,8 @@ pub enum RunError {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
+    Kafka(#[from] KafkaError),
+    #[error(transparent)]
     Journal(#[from] JournalError),
     #[error("cannot start a thread")]
     Thread(#[from] std::io::Error),
@@ -82,6 +87,7 @@ impl RunError {
             Self::Output(error) => error.help(),
             Self::Load(error) => error.help(),
             Self::Source(error) => error.help(),
+            Self::Kafka(error) => error.help(),
             Self::Failed(_) => Some("what was finished is kept: mend the cause and run again".to_owned()),
             Self::Journal(_) | Self::Thread(_) | Self::Worker(_) => None,
         }
@@ -91,36 +97,32 @@ impl RunError {
 /// Runs a plan.
 pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> {
     let clock = Clock::start();
-    let Checked { plan, mut source } = checked;
-    let (output, before) = match open_output(&plan, source.as_ref(), options)? {
-        (_, Resume::Finished { rows, errors }) => return Ok(Outcome::NothingToDo { rows, errors }),
-        (output, Resume::Fresh) => (output, SinkReport::default()),
-        (output, Resume::Continue { position, rows, errors }) => {
-            source.seek(position)?;
+    let Checked { plan, source } = checked;
+    // Fences who ran before by the same name, so it comes before anything is read.
+    let opened = ends::open(&plan, source, options)?;
+    let Opened { source, target, resume, journal_path, slot: _slot } = opened;
+    let before = match resume {
+        Resume::Finished { rows, errors } => return Ok(Outcome::NothingToDo { rows, errors }),
+        Resume::Fresh => SinkReport::default(),
+        Resume::Continue { rows, errors, .. } => {
             if options.progress {
                 eprintln!("continuing after {rows} rows and {errors} errors");
             }
-            (output, SinkReport { rows, errors, ..SinkReport::default() })
+            SinkReport { rows, errors, ..SinkReport::default() }
         }
     };
-    let journal_path = output.state_dir().map(|folder| folder.join(JOURNAL));
     let journal = journal_path.as_deref().map(Journal::open).transpose()?;
     let loaded = load(&plan.model, &plan.model_name, plan.devices, &|what| eprintln!("{what} …"))?;
     let engines = loaded.engines(&plan.engine, plan.devices)?;
     let shared = share(&plan, journal, options);
     let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
-    let rows = Rows::new(
-        Arc::clone(&plan.input_schema),
-        plan.output_schema(),
-        plan.steps.iter().map(|step| Arc::clone(&step.name)).collect(),
-        source.inputs().iter().map(|input| input.path.clone()).collect::<Vec<PathBuf>>(),
-    );
+    let removes_journal = matches!(target, Target::Files { may_finish: true, .. });
     let limits = SinkLimits {
         commit_rows: plan.sink.commit_rows,
-        commit_interval: Duration::from_secs(plan.sink.commit_seconds),
+        commit_interval: plan.sink.commit_interval,
         budget: plan.sink.budget,
     };
-    let (sink, sink_thread) = sink::start(output, rows, limits, before, &shared, clock)?;
+    let (sink, sink_thread) = sink::start(target, limits, before, &shared, clock)?;
     let progress =
         options.progress.then(|| Progress::start(Arc::clone(&shared.counters), total, clock)).transpose()?;
     let ends = Ends { engines, source, sink };
@@ -128,26 +130,12 @@ pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> 
     drop(progress);
     // A panic there was reported as a failure already.
     let report = sink_thread.join().unwrap_or_default();
-    if let Some(path) = journal_path.filter(|_| report.finished) {
+    if let Some(path) = journal_path.filter(|_| report.finished && removes_journal) {
         // All answers are in the output now. What is left behind costs space and nothing else.
         let _ = std::fs::remove_file(path);
     }
     Counters::add(&shared.counters.preemptions, stats.iter().map(|stats| stats.preemptions).sum());
     conclude(&shared, report, clock)
-}
-
-fn open_output(
-    plan: &Plan,
-    source: &dyn Source,
-    options: &RunOptions,
-) -> Result<(Output, Resume), OutputError> {
-    let spec = OutputSpec {
-        sink: plan.sink.target.clone(),
-        errors: plan.sink.errors.clone(),
-        output_schema: plan.output_schema(),
-        errors_schema: errors_schema(),
-    };
-    Output::open(spec, &plan.fingerprint, source.inputs(), options.force)
 }
 
 fn share(plan: &Plan, journal: Option<Journal>, options: &RunOptions) -> Shared {

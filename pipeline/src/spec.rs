@@ -3,12 +3,17 @@
 //! Unknown keys and wrong types are refused here; whether a value makes sense is decided in
 //! [`plan`](crate::plan). Values that can be wrong later keep their place ([`Spanned`]).
 
+mod environment;
+pub mod kafka;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 pub use serde_saphyr::{Location, Spanned};
+
+use self::kafka::{KafkaSourceSpec, KafkaTargetSpec, KafkaTopicSpec};
 
 /// A whole definition file.
 #[derive(Clone, Debug, Deserialize)]
@@ -24,6 +29,8 @@ pub struct Spec {
     pub engine: EngineSpec,
     #[serde(default)]
     pub credit: CreditSpec,
+    /// A folder for what a pipeline on topics keeps on disk; relative to the definition.
+    pub state: Option<Spanned<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -44,6 +51,7 @@ pub struct DeviceSpec(pub Vec<String>);
 pub enum SourceSpec {
     Parquet(FilesSpec),
     Jsonl(FilesSpec),
+    Kafka(Box<KafkaSourceSpec>),
 }
 
 /// Input files.
@@ -84,6 +92,7 @@ pub struct GenerateSpec {
 pub enum SinkSpec {
     Parquet(TargetSpec),
     Jsonl(TargetSpec),
+    Kafka(Box<KafkaTargetSpec>),
 }
 
 /// Where rows are written.
@@ -103,6 +112,7 @@ pub struct TargetSpec {
 pub struct ErrorsSpec {
     pub parquet: Option<PathSpec>,
     pub jsonl: Option<PathSpec>,
+    pub kafka: Option<KafkaTopicSpec>,
     /// The run stops when more documents than this fail.
     pub budget: Option<Budget>,
 }
@@ -187,8 +197,10 @@ impl Definition {
         Self::parse(path, text)
     }
 
-    /// Parses a definition that was read from `path`.
+    /// Parses a definition that was read from `path`, with `${NAME}` and `${NAME:default}` filled in.
     pub fn parse(path: &Path, text: String) -> Result<Self, Box<SpecError>> {
+        let text = environment::expand(&text, |name| std::env::var(name).ok())
+            .map_err(|(line, message)| SpecError::on_text_line(path, &text, line, message))?;
         match serde_saphyr::from_str(&text) {
             Ok(spec) => Ok(Self { path: path.to_owned(), text, spec }),
             Err(error) => {
@@ -220,6 +232,22 @@ impl Definition {
 impl SpecError {
     fn without_place(path: &Path, message: String, help: Option<&str>) -> Box<Self> {
         Self::at(path, "", Location::UNKNOWN, "", message, help.map(str::to_owned))
+    }
+
+    /// An error of the text itself; `line` is 1-based.
+    fn on_text_line(path: &Path, text: &str, line: usize, message: String) -> Box<Self> {
+        let start: usize = text.split_inclusive('\n').take(line - 1).map(str::len).sum();
+        let len = text[start..].lines().next().map_or(0, str::len);
+        Box::new(Self {
+            path: path.display().to_string(),
+            text: text.to_owned(),
+            line,
+            column: 1,
+            span: start..start + len,
+            key: String::new(),
+            message,
+            help: Some("set it, or write ${NAME:default}; $${ stands for ${ itself".to_owned()),
+        })
     }
 
     fn at(

@@ -259,6 +259,8 @@ impl Pending {
             file: self.file,
             row_numbers: self.row_numbers,
             rejected: self.rejected,
+            rejected_rows: None,
+            revoked: Arc::default(),
             start,
             end,
         }

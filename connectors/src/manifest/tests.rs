@@ -3,10 +3,11 @@ use std::fs;
 use serde_json::json;
 
 use super::*;
+use crate::source::Position;
 
 fn commit(row: u64) -> Commit {
     let part = Part { name: "part-00000.parquet".into(), rows: row, bytes: 9 };
-    Commit { position: Position { file: 0, row }, output: Some(part), errors: None }
+    Commit { position: Position { file: 0, row }.into(), output: Some(part), errors: None }
 }
 
 fn made(path: &Path) -> Vec<u8> {

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::tests::{at, lines, parts, rows, scratch};
 use super::*;
+use crate::source::Position;
 
 const NUM_SEEDS: u64 = 200;
 const NUM_RUNS: usize = 10;
@@ -85,7 +86,9 @@ fn crash(output: &mut Output, random: &mut Random, position: Position) -> bool {
         return false;
     }
     let manifest = &mut output.state.as_mut().unwrap().manifest;
-    manifest.commit(Commit { position, output: parts[0].clone(), errors: parts[1].clone() }).unwrap();
+    manifest
+        .commit(Commit { position: position.into(), output: parts[0].clone(), errors: parts[1].clone() })
+        .unwrap();
     for (index, sink) in [&mut output.sink, &mut output.errors].into_iter().enumerate() {
         if let Some(part) = &parts[index]
             && point > 3 + index as u64
@@ -142,7 +145,9 @@ fn crashes_at_any_point_lose_and_repeat_nothing() {
             let (num_rows, num_errors) = (model.rows.len() as u64, model.errors.len() as u64);
             let expected = match model.position {
                 None => Resume::Fresh,
-                Some(row) => Resume::Continue { position: at(row), rows: num_rows, errors: num_errors },
+                Some(row) => {
+                    Resume::Continue { position: at(row).into(), rows: num_rows, errors: num_errors }
+                }
             };
             assert_eq!(resume, expected, "seed {seed}");
             assert_eq!(read(&spec.sink), model.rows, "seed {seed}");

@@ -8,6 +8,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::json;
 
 use super::*;
+use crate::source::Position;
 
 /// In memory where there is such a folder: these tests sync often.
 pub(super) fn scratch() -> tempfile::TempDir {
@@ -90,7 +91,7 @@ fn a_run_goes_on_where_it_was_and_finishes_once() {
         drop(output);
         assert_eq!(visible(folder.path(), is_parquet), [0, 1, 2, 3, 4]);
         let (mut output, resume) = open(folder.path(), is_parquet);
-        assert_eq!(resume, Resume::Continue { position: at(6), rows: 5, errors: 1 });
+        assert_eq!(resume, Resume::Continue { position: at(6).into(), rows: 5, errors: 1 });
         output.write(&rows(5..9)).unwrap();
         output.commit(at(10)).unwrap();
         output.finish().unwrap();

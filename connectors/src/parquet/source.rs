@@ -191,6 +191,8 @@ impl Source for ParquetSource {
             file: start.file,
             row_numbers,
             rejected: Vec::new(),
+            rejected_rows: None,
+            revoked: Arc::default(),
             start,
             end: self.next,
         }))

@@ -84,6 +84,7 @@ fn once(definition: &Definition, args: &OfflineArgs) -> Result<Summary, BenchErr
         num_workers: args.workers.into(),
         force: true,
         progress: false,
+        until_end: false,
         stop: Arc::new(AtomicBool::new(false)),
     };
     match run(check(definition)?, &options)? {

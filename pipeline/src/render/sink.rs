@@ -11,28 +11,37 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tidemill_connectors::kafka::KafkaError;
+use tidemill_connectors::kafka::commit::StagedEpoch;
+use tidemill_connectors::kafka::output::KafkaOutput;
 use tidemill_connectors::output::{Output, OutputError};
-use tidemill_connectors::source::Position;
+use tidemill_connectors::source::{Checkpoint, InputNames};
 use tidemill_operators::Epoch;
 use tidemill_operators::counters::Counters;
 use tidemill_operators::document::{Document, RecordError};
+use tidemill_operators::journal::JournalError;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Exchange;
 use timely::dataflow::operators::{Capability, Operator};
 use timely::scheduling::SyncActivator;
 
-use super::Shared;
+use super::{EpochEnd, Shared};
 use crate::clock::Clock;
+use crate::render::sink::records::Records;
 use crate::render::sink::rows::Rows;
 use crate::spec::Budget;
 
+pub mod records;
 pub mod rows;
 
 /// A budget as a share is not judged before this many documents are done.
 const MIN_JUDGED: u64 = 100;
 /// Rows are committed early when they take this much memory.
 const MAX_STAGED_BYTES: u64 = 64 << 20;
+
+/// The journal of an endless run is cut when it has this many answers.
+const MAX_JOURNAL_ANSWERS: u64 = 20_000;
 
 /// When to commit, and when to give up.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +65,7 @@ pub struct SinkReport {
 /// One complete epoch.
 struct Ready {
     epoch: Epoch,
-    end: Position,
+    end: EpochEnd,
     documents: Vec<Document>,
     errors: Vec<RecordError>,
 }
@@ -84,10 +93,15 @@ impl Written {
     }
 }
 
+/// An opened output and what makes its rows.
+pub enum Target {
+    Files { output: Box<Output>, rows: Rows, names: InputNames, checkpoint: Checkpoint, may_finish: bool },
+    Topics { output: Box<KafkaOutput>, records: Box<Records> },
+}
+
 /// Starts the writing thread. It ends, after a last commit, when the operator is dropped.
 pub fn start(
-    output: Output,
-    rows: Rows,
+    target: Target,
     limits: SinkLimits,
     before: SinkReport,
     shared: &Shared,
@@ -96,15 +110,15 @@ pub fn start(
     let (ready, queue) = channel();
     let written = Arc::new(Written::default());
     let mut writer = Writer {
-        output,
-        rows,
+        target,
         limits,
         report: before,
         shared: shared.clone(),
         clock,
         written: Arc::clone(&written),
-        position: None,
         since: None,
+        last_epoch: 0,
+        rotated_at: 0,
     };
     let thread = std::thread::Builder::new().name("sink".to_owned()).spawn(move || {
         let _watch = writer.shared.failure.watch("sink");
@@ -117,24 +131,42 @@ pub fn start(
 }
 
 struct Writer {
-    output: Output,
-    rows: Rows,
+    target: Target,
     limits: SinkLimits,
     report: SinkReport,
     shared: Shared,
     clock: Clock,
     written: Arc<Written>,
-    /// Where the staged rows end in the input, and when the first of them came.
-    position: Option<Position>,
+    /// When the first of the staged rows came.
     since: Option<Duration>,
+    /// The last epoch that was staged, and the one that the journal was last rotated at.
+    last_epoch: Epoch,
+    rotated_at: Epoch,
 }
 
 #[derive(Debug, thiserror::Error)]
 enum WriteError {
     #[error(transparent)]
     Output(#[from] OutputError),
+    #[error(transparent)]
+    Kafka(#[from] KafkaError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     #[error("cannot make rows of the results")]
     Arrow(#[from] arrow::error::ArrowError),
+}
+
+impl Target {
+    /// Whether to commit before it is time.
+    fn is_full(&self, limits: &SinkLimits) -> bool {
+        let (rows, bytes) = match self {
+            // Whoever reads a stream waits for it.
+            Self::Files { output, .. } if output.state_dir().is_none() => return true,
+            Self::Files { output, .. } => (output.staged_rows(), output.staged_bytes()),
+            Self::Topics { output, .. } => (output.staged_rows(), output.staged_bytes()),
+        };
+        rows >= limits.commit_rows || bytes >= MAX_STAGED_BYTES
+    }
 }
 
 impl Writer {
@@ -153,48 +185,97 @@ impl Writer {
         self.commit()?;
         self.judge(0);
         if !self.shared.should_stop() {
-            self.output.finish()?;
+            match &mut self.target {
+                Target::Files { output, may_finish: true, .. } => output.finish()?,
+                // A topic goes on after the end that was read to.
+                Target::Files { .. } => {}
+                Target::Topics { output, .. } => output.finish()?,
+            }
             self.report.finished = true;
         }
         Ok(())
     }
 
     fn write(&mut self, mut ready: Ready) -> Result<(), WriteError> {
-        ready.documents.sort_by_key(|document| document.id);
-        ready.errors.sort_by_key(|error| error.id);
-        if !ready.documents.is_empty() {
-            self.output.write(&self.rows.results(&ready.documents)?)?;
+        let epoch = ready.epoch;
+        // Its partition is somebody else's: so is its work.
+        if !ready.end.revoked.load(Ordering::Acquire) {
+            ready.documents.sort_by_key(|document| document.id);
+            self.stage(ready)?;
         }
-        if !ready.errors.is_empty() {
-            self.output.write_errors(&self.rows.errors(&ready.errors)?)?;
-        }
-        self.report.rows += ready.documents.len() as u64;
-        self.report.errors += ready.errors.len() as u64;
-        Counters::add(&self.shared.counters.documents_done, ready.documents.len() as u64);
-        Counters::add(&self.shared.counters.errors, ready.errors.len() as u64);
-        self.position = Some(ready.end);
         self.since.get_or_insert(self.clock.elapsed());
         let is_due =
             self.since.is_some_and(|since| self.clock.elapsed() - since >= self.limits.commit_interval);
-        // Whoever reads a stream waits for it.
-        let is_stream = self.output.state_dir().is_none();
-        if is_due
-            || is_stream
-            || self.output.staged_rows() >= self.limits.commit_rows
-            || self.output.staged_bytes() >= MAX_STAGED_BYTES
-        {
+        if is_due || self.target.is_full(&self.limits) {
             self.commit()?;
         }
         self.judge(MIN_JUDGED);
-        self.written.add(ready.epoch);
+        self.written.add(epoch);
+        Ok(())
+    }
+
+    fn stage(&mut self, ready: Ready) -> Result<(), WriteError> {
+        let Ready { epoch, end, documents, mut errors } = ready;
+        let num_documents = documents.len() as u64;
+        let mut num_refused = 0;
+        match &mut self.target {
+            Target::Files { output, rows, names, checkpoint, .. } => {
+                errors.sort_by_key(|error| error.id);
+                if !documents.is_empty() {
+                    output.write(&rows.results(&documents)?)?;
+                }
+                if !errors.is_empty() {
+                    output.write_errors(&rows.errors(&errors)?)?;
+                }
+                checkpoint.advance(end.position, names);
+            }
+            Target::Topics { output, records } => {
+                let mut staged = records.results(&documents, &mut errors)?;
+                num_refused = num_documents - staged.len() as u64;
+                errors.sort_by_key(|error| error.id);
+                staged.extend(errors.iter().map(|error| records.error(error)));
+                output.stage(StagedEpoch {
+                    input: end.position.file,
+                    end: end.position.row,
+                    revoked: end.revoked,
+                    num_rows: num_documents - num_refused,
+                    num_errors: errors.len() as u64,
+                    records: staged,
+                });
+            }
+        }
+        let num_errors = errors.len() as u64;
+        let num_rows = num_documents - num_refused;
+        self.report.rows += num_rows;
+        self.report.errors += num_errors;
+        Counters::add(&self.shared.counters.documents_done, num_rows);
+        Counters::add(&self.shared.counters.errors, num_errors);
+        self.last_epoch = epoch;
         Ok(())
     }
 
     fn commit(&mut self) -> Result<(), WriteError> {
-        if let Some(position) = self.position.take() {
-            self.output.commit(position)?;
+        if self.since.take().is_none() {
+            return Ok(());
         }
-        self.since = None;
+        match &mut self.target {
+            Target::Files { output, checkpoint, .. } => output.commit(checkpoint.clone())?,
+            Target::Topics { output, .. } => {
+                output.commit()?;
+            }
+        }
+        self.rotate_journal()
+    }
+
+    /// An endless run must not keep its answers for ever. What was journaled before the last rotation belongs to
+    /// epochs up to `rotated_at`, so it is of no use when those are committed.
+    fn rotate_journal(&mut self) -> Result<(), WriteError> {
+        let Some(journal) = &self.shared.journal else { return Ok(()) };
+        let is_endless = !matches!(self.target, Target::Files { may_finish: true, .. });
+        if is_endless && self.last_epoch >= self.rotated_at && journal.len()? >= MAX_JOURNAL_ANSWERS {
+            self.rotated_at = self.shared.epochs.latest();
+            journal.rotate()?;
+        }
         Ok(())
     }
 

@@ -6,22 +6,22 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use tidemill_connectors::source::{Source, SourceBatch};
+use tidemill_connectors::source::{Read, Source, SourceBatch, SourceError};
 use tidemill_operators::Epoch;
 use tidemill_operators::batch::Batch;
 use tidemill_operators::counters::Counters;
-use tidemill_operators::document::{DocumentId, ErrorKind, Payload, RecordError};
-use tidemill_operators::infer::Failure;
+use tidemill_operators::document::{Document, DocumentId, ErrorKind, Payload, RecordError};
 use timely::container::NoopBuilder;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::Operator;
 use timely::dataflow::{Stream, StreamVec};
 use timely::scheduling::SyncActivator;
 
-use super::Shared;
+use super::{EpochEnd, Shared};
 use crate::plan::CreditPlan;
 
 /// Batches that wait outside the dataflow.
@@ -39,12 +39,15 @@ impl SourceThread {
         Self { source, threads }
     }
 
-    fn start(mut self, failure: Failure, operator: SyncActivator) -> Receiver<SourceBatch> {
+    fn start(mut self, shared: &Shared, operator: SyncActivator) -> Receiver<SourceBatch> {
         let (batches, queue) = sync_channel(MAX_BATCHES_AHEAD);
+        let (shared, failure) = (shared.clone(), shared.failure.clone());
         let reported = failure.clone();
         let thread = std::thread::Builder::new().name("source".to_owned()).spawn(move || {
             let _watch = failure.watch("source");
-            pump(self.source.as_mut(), &batches, &operator, &failure);
+            if let Err(error) = pump(self.source.as_mut(), &batches, &operator, &shared) {
+                failure.fail(&error);
+            }
             drop(batches);
             // Fails only when the worker is gone, and then nobody needs waking.
             let _ = operator.activate();
@@ -59,25 +62,39 @@ impl SourceThread {
     }
 }
 
+/// How long a source that must not be left alone is held back at a time.
+const HOLD_BACK: Duration = Duration::from_millis(20);
+
 fn pump(
     source: &mut dyn Source,
     batches: &SyncSender<SourceBatch>,
     operator: &SyncActivator,
-    failure: &Failure,
-) {
-    loop {
-        match source.next_batch() {
-            Ok(Some(batch)) => {
+    shared: &Shared,
+) -> Result<(), SourceError> {
+    while !shared.should_stop() {
+        let mut batch = match source.read()? {
+            Read::Batch(batch) => batch,
+            Read::Idle => continue,
+            Read::End => return Ok(()),
+        };
+        loop {
+            match batches.try_send(batch) {
+                Ok(()) => break,
                 // The operator is gone: the run is over.
-                if batches.send(batch).is_err() {
-                    return;
-                }
-                let _ = operator.activate();
+                Err(TrySendError::Disconnected(_)) => return Ok(()),
+                Err(TrySendError::Full(back)) => batch = back,
             }
-            Ok(None) => return,
-            Err(error) => return failure.fail(&error),
+            if !source.hold_back(HOLD_BACK)? {
+                if batches.send(batch).is_err() {
+                    return Ok(());
+                }
+                break;
+            }
         }
+        // Fails only when the worker is gone, and then nobody needs waking.
+        let _ = operator.activate();
     }
+    Ok(())
 }
 
 /// Counts what is in flight against the credit.
@@ -135,7 +152,7 @@ pub fn read<'scope>(
     let worker = written.scope().worker();
     written.unary_frontier::<NoopBuilder<Batch>, _, _, _>(Pipeline, "Source", move |capability, info| {
         let activator = worker.sync_activator_for(info.address.to_vec());
-        let queue = input.map(|input| input.start(shared.failure.clone(), activator));
+        let queue = input.map(|input| input.start(&shared, activator));
         // A worker without input must not hold the frontier back.
         let mut capability = queue.is_some().then_some(capability);
         let mut waiting: Option<SourceBatch> = None;
@@ -164,7 +181,8 @@ pub fn read<'scope>(
                     break;
                 }
                 let epoch = *open.time();
-                shared.epochs.insert(epoch, batch.end);
+                let revoked = Arc::clone(&batch.revoked);
+                shared.epochs.insert(epoch, EpochEnd { position: batch.end, revoked });
                 gate.enter(epoch, documents, bytes);
                 Counters::add(&shared.counters.documents_read, documents);
                 shared.counters.observe_in_flight(gate.documents());
@@ -180,12 +198,14 @@ pub fn read<'scope>(
 fn convert(batch: SourceBatch) -> Batch {
     let file = batch.file;
     let ids = batch.row_numbers.iter().map(|&row| DocumentId { file, row }).collect();
-    let rejected = batch.rejected.into_iter().map(|rejected| RecordError {
-        id: DocumentId { file: rejected.file, row: rejected.row },
-        step: None,
-        kind: ErrorKind::Malformed,
-        message: rejected.reason,
-        payload: Payload::Raw(rejected.raw),
+    let rejected_rows = batch.rejected_rows.map(Arc::new);
+    let rejected = batch.rejected.into_iter().enumerate().map(|(index, rejected)| {
+        let id = DocumentId { file: rejected.file, row: rejected.row };
+        let payload = match &rejected_rows {
+            Some(rows) => Payload::Row(Box::new(Document::new(id, Arc::clone(rows), index))),
+            None => Payload::Raw(rejected.raw),
+        };
+        RecordError { id, step: None, kind: ErrorKind::Malformed, message: rejected.reason, payload }
     });
     Batch::new(batch.rows, ids, rejected.collect())
 }

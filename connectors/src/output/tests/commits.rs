@@ -36,7 +36,7 @@ fn a_torn_manifest_line_was_never_a_commit() {
         let rows = 2 * num_commits;
         let expected = match num_commits {
             0 => Resume::Fresh,
-            _ => Resume::Continue { position: at(rows), rows, errors: 0 },
+            _ => Resume::Continue { position: at(rows).into(), rows, errors: 0 },
         };
         assert_eq!(opened.unwrap().1, expected, "cut to {len} bytes");
         assert_eq!(visible(folder.path(), true), (0..rows as i64).collect::<Vec<_>>(), "cut to {len} bytes");
@@ -64,7 +64,7 @@ fn a_commit_may_hold_a_position_only_and_an_end_is_said_once() {
         assert!(state.join("manifest.jsonl").exists());
         drop(output);
         let (mut output, resume) = open(folder.path(), is_parquet);
-        assert_eq!(resume, Resume::Continue { position: at(9), rows: 0, errors: 0 });
+        assert_eq!(resume, Resume::Continue { position: at(9).into(), rows: 0, errors: 0 });
         output.write(&rows(0..2)).unwrap();
         output.write_errors(&rows(0..1)).unwrap();
         assert_eq!(output.staged_rows(), 3);

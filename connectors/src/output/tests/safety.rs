@@ -11,8 +11,8 @@ fn rows(ids: std::ops::Range<i64>) -> RecordBatch {
     RecordBatch::try_from_iter([("id", Arc::new(Int64Array::from_iter_values(ids)) as ArrayRef)]).unwrap()
 }
 
-fn at(row: u64) -> Position {
-    Position { file: 0, row }
+fn at(row: u64) -> crate::source::Position {
+    crate::source::Position { file: 0, row }
 }
 
 fn try_open(sink: SinkSpec, errors: SinkSpec, force: bool) -> Result<(Output, Resume), OutputError> {
@@ -121,7 +121,7 @@ fn a_failed_commit_is_never_half_repeated() {
     drop(output);
     let (_, resume) = open().unwrap();
     match again {
-        Ok(()) => assert_eq!(resume, Resume::Continue { position: at(2), rows: 2, errors: 1 }),
+        Ok(()) => assert_eq!(resume, Resume::Continue { position: at(2).into(), rows: 2, errors: 1 }),
         Err(_) => assert_eq!(resume, Resume::Fresh),
     }
 }
@@ -205,7 +205,7 @@ fn a_moved_tree_is_continued() {
     drop(output);
     fs::rename(folder.path().join("a"), folder.path().join("b")).unwrap();
     let tree = folder.path().join("./b");
-    assert_eq!(open(&tree, 1).unwrap().1, Resume::Continue { position: at(3), rows: 2, errors: 1 });
+    assert_eq!(open(&tree, 1).unwrap().1, Resume::Continue { position: at(3).into(), rows: 2, errors: 1 });
     let error = open(&tree, 2).map(|_| ()).unwrap_err();
     assert!(matches!(error, OutputError::InputsChanged { input, .. } if input == tree.join("in.jsonl")));
 }

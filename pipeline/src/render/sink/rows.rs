@@ -1,6 +1,5 @@
 //! Finished documents and refused ones as Arrow batches again.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
@@ -9,6 +8,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
 use arrow::json::writer::{LineDelimited, WriterBuilder};
 use arrow::record_batch::RecordBatch;
+use tidemill_connectors::source::InputNames;
 use tidemill_operators::document::{Document, Generated, Payload, RecordError};
 
 /// Knows the schemas of both outputs.
@@ -18,7 +18,7 @@ pub struct Rows {
     output_schema: SchemaRef,
     steps: Vec<Arc<str>>,
     /// By file number of a document's id.
-    inputs: Vec<PathBuf>,
+    inputs: InputNames,
 }
 
 /// The columns of the errors sink: the origin, the reason, and the document as JSON.
@@ -38,7 +38,7 @@ impl Rows {
         input_schema: SchemaRef,
         output_schema: SchemaRef,
         steps: Vec<Arc<str>>,
-        inputs: Vec<PathBuf>,
+        inputs: InputNames,
     ) -> Self {
         Self { input_schema, output_schema, steps, inputs }
     }
@@ -89,13 +89,8 @@ impl Rows {
 
     /// The refused documents with their origin and the reason.
     pub fn errors(&self, errors: &[RecordError]) -> Result<RecordBatch, ArrowError> {
-        let source: StringArray = errors
-            .iter()
-            .map(|error| {
-                let path = self.inputs.get(error.id.file as usize);
-                Some(path.map_or_else(|| error.id.file.to_string(), |path| path.display().to_string()))
-            })
-            .collect();
+        let source: StringArray =
+            errors.iter().map(|error| Some(self.inputs.get(error.id.file).to_string())).collect();
         let row: UInt64Array = errors.iter().map(|error| error.id.row).collect();
         let step: StringArray = errors.iter().map(|error| error.step.as_deref()).collect();
         let kind: StringArray = errors.iter().map(|error| Some(error.kind.as_str())).collect();
@@ -114,7 +109,7 @@ impl Rows {
 }
 
 /// The row as JSON with the results it had got, or the raw text.
-fn payload(payload: &Payload) -> String {
+pub(super) fn payload(payload: &Payload) -> String {
     let document = match payload {
         Payload::Raw(raw) => return raw.clone(),
         Payload::Row(document) => document,

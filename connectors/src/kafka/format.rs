@@ -1,0 +1,94 @@
+//! From the bytes of a record's value to text: JSON as it is, once it is known to be JSON, or any UTF-8.
+//!
+//! A verdict is always about one record: what cannot be decoded is rejected with the reason, and the next record is
+//! looked at on its own.
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use std::collections::BTreeMap;
+
+/// What a record's value holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// An object.
+    Json,
+    /// Any text.
+    Text,
+}
+
+/// Why there is no text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DecodeError {
+    /// The record is at fault.
+    Record(String),
+    /// The schema registry cannot be asked now.
+    Registry(String),
+}
+
+/// Decodes values of one format.
+#[derive(Debug)]
+pub struct Decoder {
+    format: Format,
+}
+
+/// Any JSON object, its values looked at for form only.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct AnyObject<'a> {
+    #[serde(borrow)]
+    _fields: BTreeMap<Cow<'a, str>, IgnoredAny>,
+}
+
+impl Decoder {
+    pub fn new(format: &Format) -> Self {
+        Self { format: format.clone() }
+    }
+
+    /// Whether the text is JSON.
+    pub fn is_json(&self) -> bool {
+        self.format != Format::Text
+    }
+
+    /// The value as text.
+    pub fn decode<'a>(&mut self, payload: &'a [u8]) -> Result<Cow<'a, str>, DecodeError> {
+        let refuse = |reason: String| DecodeError::Record(reason);
+        let text = std::str::from_utf8(payload)
+            .map_err(|error| refuse(format!("not UTF-8 at byte {}", error.valid_up_to())))?;
+        match self.format {
+            Format::Text => Ok(Cow::Borrowed(text)),
+            Format::Json => {
+                let checked: Result<AnyObject<'_>, _> = serde_json::from_str(text);
+                checked.map_err(|error| refuse(format!("not a JSON object: {error}")))?;
+                Ok(Cow::Borrowed(text))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_names_the_fault() {
+        let mut json = Decoder::new(&Format::Json);
+        assert_eq!(json.decode(b" {\"a\": [1, {\"b\": null}]} ").unwrap(), " {\"a\": [1, {\"b\": null}]} ");
+        for (payload, reason) in [
+            (&b"{\"a\": 1"[..], "EOF while parsing"),
+            (b"[1]", "invalid type: sequence"),
+            (b"", "EOF"),
+            (b"{} x", "trailing characters"),
+            (b"{\"a\": \"\xff\"}", "not UTF-8 at byte 7"),
+        ] {
+            let Err(DecodeError::Record(found)) = json.decode(payload) else { panic!("{reason}") };
+            assert!(found.contains(reason), "{found}");
+        }
+        let deep = "[".repeat(100_000);
+        assert!(json.decode(format!("{{\"a\": {deep}").as_bytes()).is_err(), "too deep");
+        let mut text = Decoder::new(&Format::Text);
+        assert_eq!(text.decode("ünï".as_bytes()).unwrap(), "ünï");
+        assert!(text.decode(b"\xff").is_err());
+    }
+}

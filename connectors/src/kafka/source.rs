@@ -1,0 +1,441 @@
+//! Reads topics as a source: records become rows, batches of one partition each.
+//!
+//! Invariant: every record between two batches of a partition is a row, a rejected row or of no interest to readers of
+//! committed records; a batch carries the lease under which it was read. While nobody takes rows, partitions are
+//! paused and the client is still polled, so the group keeps us however long a step takes. Pausing throws away what
+//! was fetched ahead, so it is done only after a second of holding back.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arrow::datatypes::SchemaRef;
+use rdkafka::Message;
+use rdkafka::error::KafkaError as Client;
+use rdkafka::message::OwnedMessage;
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::KafkaError;
+use super::assignment::Partition;
+use super::config::{Cluster, reason};
+use super::format::{DecodeError, Decoder};
+use super::group::{Group, SharedGroup, Start};
+use super::rows::{RowsBuilder, kafka_schema};
+use super::stats::KafkaStats;
+use crate::source::{
+    BatchLimits, Checkpoint, InputFile, InputNames, Position, Read, Source, SourceBatch, SourceError,
+};
+
+/// How long `read` waits for a first record.
+const MAX_WAIT: Duration = Duration::from_millis(50);
+/// How long to hold back before partitions are paused.
+const PAUSE_AFTER: Duration = Duration::from_secs(1);
+/// A member that gets no partition waits so long before it counts as being at the end.
+const MAX_IDLE: Duration = Duration::from_secs(10);
+/// The most records that are taken from the client at a time, in all partitions.
+const MAX_RECORDS: usize = 4096;
+
+/// What to read.
+#[derive(Clone, Debug)]
+pub struct KafkaSourceSpec {
+    pub cluster: Cluster,
+    pub topics: Topics,
+    pub group: String,
+    pub start: Start,
+    /// The end is where the topics ended when they were assigned.
+    pub until_end: bool,
+    /// Shares partitions with other members of the group. Otherwise all are read, from positions kept elsewhere.
+    pub is_member: bool,
+}
+
+/// Topics by name or by a regular expression that begins with `^`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Topics {
+    Named(Vec<String>),
+    Pattern(String),
+}
+
+/// See the module.
+pub struct KafkaSource {
+    spec: KafkaSourceSpec,
+    limits: BatchLimits,
+    decoder: Decoder,
+    schema: SchemaRef,
+    group: SharedGroup,
+    names: InputNames,
+    stats: KafkaStats,
+    offsets: BTreeMap<String, u64>,
+    has_begun: bool,
+    is_paused: bool,
+    held_back: Duration,
+    idle: Duration,
+    /// Of the assignment that [`ends`](Self::ends) belongs to.
+    version: u64,
+    /// Where to stop in each partition, and whether it was reached.
+    ends: BTreeMap<Partition, End>,
+    /// Records that came while partitions were being paused, or that wait for the schema registry.
+    ahead: VecDeque<OwnedMessage>,
+    ready: VecDeque<SourceBatch>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct End {
+    offset: i64,
+    is_reached: bool,
+}
+
+/// Rows of one partition under one lease.
+struct Chunk {
+    revoked: Arc<AtomicBool>,
+    input: u32,
+    rows: RowsBuilder,
+}
+
+impl KafkaSource {
+    /// Makes the client and checks its options; it connects when it is read.
+    pub fn open(
+        spec: KafkaSourceSpec,
+        decoder: Decoder,
+        limits: BatchLimits,
+        stats: KafkaStats,
+    ) -> Result<Self, KafkaError> {
+        let names = InputNames::default();
+        let group = Group::new(&spec.cluster, &spec.group, spec.start, names.clone(), stats.clone())?;
+        Ok(Self {
+            schema: kafka_schema(decoder.is_json()),
+            spec,
+            limits: limits.check(),
+            decoder,
+            group: Arc::new(group),
+            names,
+            stats,
+            offsets: BTreeMap::new(),
+            has_begun: false,
+            is_paused: false,
+            held_back: Duration::ZERO,
+            idle: Duration::ZERO,
+            version: 0,
+            ends: BTreeMap::new(),
+            ahead: VecDeque::new(),
+            ready: VecDeque::new(),
+        })
+    }
+
+    /// The group that offsets are committed in.
+    pub fn group(&self) -> SharedGroup {
+        Arc::clone(&self.group)
+    }
+
+    pub fn stats(&self) -> KafkaStats {
+        self.stats.clone()
+    }
+
+    /// Reads to where the topics end when they are assigned, and no further.
+    pub fn set_until_end(&mut self) {
+        self.spec.until_end = true;
+    }
+
+    /// Looks without joining the group: nobody loses partitions to us, and nothing is committed.
+    pub fn set_alone(&mut self) {
+        self.spec.is_member = false;
+    }
+
+    /// Whether a pattern of topics can be used.
+    pub fn check_pattern(pattern: &str) -> Result<(), String> {
+        regex::Regex::new(pattern).map(drop).map_err(|error| error.to_string())
+    }
+
+    fn begin(&mut self) -> Result<(), KafkaError> {
+        self.has_begun = true;
+        let topics = match &self.spec.topics {
+            Topics::Named(topics) => topics.clone(),
+            Topics::Pattern(pattern) if self.spec.is_member => {
+                return self.group.subscribe(&[pattern.as_str()]);
+            }
+            Topics::Pattern(pattern) => {
+                let pattern = regex::Regex::new(pattern)
+                    .map_err(|error| KafkaError::Options { reason: error.to_string() })?;
+                self.group.matching(|name| pattern.is_match(name))?
+            }
+        };
+        let partitions = self.group.partitions_of(&topics)?;
+        if self.spec.is_member {
+            let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+            self.group.subscribe(&topics)
+        } else {
+            self.group.take_all(partitions, &self.offsets)
+        }
+    }
+
+    fn error(&self, error: &Client) -> SourceError {
+        self.spec.cluster.error("read", error).into()
+    }
+
+    fn set_paused(&mut self, paused: bool) -> Result<(), SourceError> {
+        self.group.set_paused(paused).map_err(|error| self.error(&error))?;
+        self.is_paused = paused;
+        self.stats.lock().is_paused = paused;
+        Ok(())
+    }
+
+    /// Forgets what belongs to an older assignment.
+    fn follow_assignment(&mut self) -> Result<(), SourceError> {
+        let assignment = self.group.assignment();
+        if assignment.version() == self.version {
+            return Ok(());
+        }
+        self.version = assignment.version();
+        self.ends.retain(|partition, _| assignment.get(partition).is_some());
+        drop(assignment);
+        self.idle = Duration::ZERO;
+        if self.is_paused { self.set_paused(true) } else { Ok(()) }
+    }
+
+    /// Whether a record lies before the end that is read to.
+    fn is_wanted(&mut self, partition: &Partition, offset: i64) -> Result<bool, SourceError> {
+        if !self.spec.until_end {
+            return Ok(true);
+        }
+        let end = self.end_of(partition)?;
+        if offset + 1 >= end.offset {
+            end.is_reached = true;
+        }
+        Ok(offset < end.offset)
+    }
+
+    fn end_of(&mut self, partition: &Partition) -> Result<&mut End, SourceError> {
+        if !self.ends.contains_key(partition) {
+            let offset = self.group.end_of(partition).map_err(|error| self.error(&error))?;
+            self.ends.insert(partition.clone(), End { offset, is_reached: offset == 0 });
+        }
+        Ok(self.ends.get_mut(partition).expect("it was just looked up"))
+    }
+
+    /// Whether all that is assigned was read to its end.
+    fn is_at_end(&mut self) -> Result<bool, SourceError> {
+        if !self.spec.until_end {
+            return Ok(false);
+        }
+        let assigned: Vec<Partition> =
+            self.group.assignment().partitions().map(|(partition, _)| partition.clone()).collect();
+        for partition in &assigned {
+            let fetched = self.stats.lock().partitions.get(partition).and_then(|stats| stats.fetched);
+            let end = self.end_of(partition)?;
+            // Only asked when the client has nothing more to give.
+            end.is_reached |= fetched.is_some_and(|fetched| fetched >= end.offset);
+            if !end.is_reached {
+                return Ok(false);
+            }
+        }
+        Ok(!assigned.is_empty() || self.idle >= MAX_IDLE)
+    }
+
+    /// Takes what the client has and makes batches of it.
+    fn fill(&mut self) -> Result<(), SourceError> {
+        let mut chunks: BTreeMap<Partition, Chunk> = BTreeMap::new();
+        let mut wait = MAX_WAIT;
+        let mut num_bytes = 0;
+        let group = Arc::clone(&self.group);
+        for _ in 0..MAX_RECORDS {
+            let is_full = if let Some(message) = self.ahead.pop_front() {
+                match self.take(&message, &mut chunks, &mut num_bytes)? {
+                    Some(is_full) => is_full,
+                    None => {
+                        self.ahead.push_front(message);
+                        break;
+                    }
+                }
+            } else {
+                match group.poll(wait) {
+                    None => break,
+                    Some(Ok(message)) => match self.take(&message, &mut chunks, &mut num_bytes)? {
+                        Some(is_full) => is_full,
+                        None => {
+                            self.ahead.push_back(message.detach());
+                            break;
+                        }
+                    },
+                    Some(Err(Client::PartitionEOF(number))) => {
+                        self.reach_end(number)?;
+                        false
+                    }
+                    Some(Err(error)) => {
+                        self.bear(&error)?;
+                        false
+                    }
+                }
+            };
+            wait = Duration::ZERO;
+            if is_full {
+                break;
+            }
+        }
+        for (_, chunk) in chunks {
+            if let Some(batch) = chunk.rows.finish(chunk.input, chunk.revoked) {
+                self.ready.push_back(batch);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a record to the rows of its partition; says whether a batch is full, or `None` if the record cannot be
+    /// decoded now.
+    fn take(
+        &mut self,
+        message: &impl Message,
+        chunks: &mut BTreeMap<Partition, Chunk>,
+        num_bytes: &mut usize,
+    ) -> Result<Option<bool>, SourceError> {
+        self.follow_assignment()?;
+        let partition = Partition::new(message.topic(), message.partition());
+        let Some(assigned) = self.group.assignment().get(&partition).cloned() else { return Ok(Some(false)) };
+        if !self.is_wanted(&partition, message.offset())? {
+            return Ok(Some(false));
+        }
+        let decoded = match message.payload() {
+            None => Err("the record has no value (a tombstone)".to_owned()),
+            Some(payload) => match self.decoder.decode(payload) {
+                Ok(text) => Ok(text),
+                Err(DecodeError::Record(reason)) => Err(reason),
+                Err(DecodeError::Registry(reason)) => {
+                    tracing::warn!(reason, "waiting for the schema registry");
+                    return Ok(None);
+                }
+            },
+        };
+        if chunks.get(&partition).is_some_and(|chunk| !Arc::ptr_eq(&chunk.revoked, &assigned.revoked)) {
+            chunks.remove(&partition);
+        }
+        let chunk = chunks.entry(partition).or_insert_with(|| Chunk {
+            revoked: assigned.revoked,
+            input: assigned.input,
+            rows: RowsBuilder::new(Arc::clone(&self.schema)),
+        });
+        *num_bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
+        chunk.rows.push(message, decoded);
+        Ok(Some(chunk.rows.len() >= self.limits.max_rows || *num_bytes >= self.limits.max_bytes))
+    }
+
+    /// A partition of this number was read to its end. The client does not say of which topic; where that is open,
+    /// its statistics will tell.
+    fn reach_end(&mut self, number: i32) -> Result<(), SourceError> {
+        self.follow_assignment()?;
+        if !self.spec.until_end {
+            return Ok(());
+        }
+        let mut candidates: Vec<Partition> =
+            self.group.assignment().partitions().map(|(partition, _)| partition.clone()).collect();
+        candidates.retain(|partition| partition.number == number);
+        if let [partition] = candidates.as_slice() {
+            self.end_of(partition)?.is_reached = true;
+        }
+        Ok(())
+    }
+
+    /// Tells what mends itself from what does not.
+    fn bear(&self, error: &Client) -> Result<(), SourceError> {
+        let fatal = matches!(error, Client::MessageConsumptionFatal(_))
+            || matches!(
+                error.rdkafka_error_code(),
+                Some(
+                    RDKafkaErrorCode::TopicAuthorizationFailed
+                        | RDKafkaErrorCode::GroupAuthorizationFailed
+                        | RDKafkaErrorCode::AutoOffsetReset
+                        | RDKafkaErrorCode::InconsistentGroupProtocol
+                )
+            );
+        if fatal {
+            return Err(self.error(error));
+        }
+        tracing::info!(reason = reason(error), "consumer");
+        Ok(())
+    }
+}
+
+impl Source for KafkaSource {
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.schema)
+    }
+
+    fn inputs(&self) -> &[InputFile] {
+        &[]
+    }
+
+    fn names(&self) -> InputNames {
+        self.names.clone()
+    }
+
+    fn num_rows(&self) -> Option<u64> {
+        None
+    }
+
+    fn seek(&mut self, _position: Position) -> Result<(), SourceError> {
+        Err(SourceError::OtherKind)
+    }
+
+    fn resume(&mut self, checkpoint: &Checkpoint) -> Result<(), SourceError> {
+        match checkpoint {
+            Checkpoint::Row(_) => Err(SourceError::OtherKind),
+            Checkpoint::Offsets(offsets) => {
+                self.offsets = offsets.clone();
+                Ok(())
+            }
+        }
+    }
+
+    fn next_batch(&mut self) -> Result<Option<SourceBatch>, SourceError> {
+        loop {
+            match self.read()? {
+                Read::Batch(batch) => return Ok(Some(batch)),
+                Read::Idle => {}
+                Read::End => return Ok(None),
+            }
+        }
+    }
+
+    fn read(&mut self) -> Result<Read, SourceError> {
+        if !self.has_begun {
+            self.begin()?;
+        }
+        self.held_back = Duration::ZERO;
+        if self.is_paused {
+            self.set_paused(false)?;
+        }
+        if self.ready.is_empty() {
+            self.fill()?;
+        }
+        while let Some(batch) = self.ready.pop_front() {
+            if !batch.revoked.load(Ordering::Acquire) {
+                self.idle = Duration::ZERO;
+                let mut stats = self.stats.lock();
+                stats.records_read += (batch.row_numbers.len() + batch.rejected.len()) as u64;
+                if let Some(partition) = Partition::parse(&self.names.get(batch.file)) {
+                    stats.partitions.entry(partition).or_default().position = Some(batch.end.row as i64);
+                }
+                return Ok(Read::Batch(batch));
+            }
+        }
+        self.idle += MAX_WAIT;
+        Ok(if self.is_at_end()? { Read::End } else { Read::Idle })
+    }
+
+    fn hold_back(&mut self, wait: Duration) -> Result<bool, SourceError> {
+        self.held_back += wait;
+        if self.held_back < PAUSE_AFTER {
+            std::thread::sleep(wait);
+            return Ok(true);
+        }
+        if !self.is_paused {
+            self.set_paused(true)?;
+        }
+        let group = Arc::clone(&self.group);
+        match group.poll(wait) {
+            Some(Ok(message)) => self.ahead.push_back(message.detach()),
+            Some(Err(Client::PartitionEOF(_))) | None => {}
+            Some(Err(error)) => self.bear(&error)?,
+        }
+        self.follow_assignment()?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,60 @@
+//! What the clients of one pipeline have done, for whoever looks at it from another thread.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::assignment::Partition;
+
+/// A partition that is read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PartitionStats {
+    /// The next offset to read.
+    pub position: Option<i64>,
+    /// The group's committed offset.
+    pub committed: Option<i64>,
+    /// The next offset to fetch, records of transactions themselves counted.
+    pub fetched: Option<i64>,
+    /// Where the partition ends, as far as committed records go.
+    pub end: Option<i64>,
+}
+
+impl PartitionStats {
+    /// Records that are not committed by the group yet.
+    pub fn lag(&self) -> Option<i64> {
+        Some((self.end? - self.committed.or(self.position)?).max(0))
+    }
+}
+
+/// Totals and the present state.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KafkaSnapshot {
+    pub partitions: BTreeMap<Partition, PartitionStats>,
+    /// Partitions are held back since nobody takes more.
+    pub is_paused: bool,
+    pub num_rebalances: u64,
+    pub records_read: u64,
+    pub records_written: u64,
+    pub transactions_committed: u64,
+    pub transactions_aborted: u64,
+    /// Producers that were replaced since the broker had fenced them.
+    pub producers_fenced: u64,
+    /// The batches of lost partitions that were thrown away.
+    pub epochs_canceled: u64,
+    pub last_commit_ms: u64,
+}
+
+/// Shared by the clients.
+#[derive(Clone, Debug, Default)]
+pub struct KafkaStats {
+    inner: Arc<Mutex<KafkaSnapshot>>,
+}
+
+impl KafkaStats {
+    pub fn snapshot(&self) -> KafkaSnapshot {
+        self.lock().clone()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, KafkaSnapshot> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,222 @@
+#!/bin/sh
+# A Kafka broker for the demo, the tests and the benchmarks: one KRaft node on loopback.
+#
+#   kafka.sh start [--dir DIR] [--proxies N] [--parent PID]   prints KAFKA_BROKERS=HOST:PORT
+#   kafka.sh stop --dir DIR                                   stops what `start` started
+#   kafka.sh fetch                                            only makes sure that the jars are here
+#
+# Where KAFKA_BROKERS is set, that broker is taken and nothing is started or stopped. Else docker is used if an engine
+# runs, else the jars from Maven with Java 17, kept in the cache. A DIR that holds a broker's data is started again
+# with the same data and ports. --proxies adds listeners that tell clients to come to another port, on which a test
+# can stand between; they are printed as PROXY0=PORT:TARGET. With --parent the broker ends when that process does.
+set -eu
+
+VERSION=4.1.0
+IMAGE=apache/kafka:$VERSION
+CACHE=${TIDEMILL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tidemill}/kafka/$VERSION
+
+say() { printf 'kafka: %s\n' "$*" >&2; }
+fail() { printf 'kafka: %s\n' "$*" >&2; exit 1; }
+has() { command -v "$1" >/dev/null 2>&1; }
+
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+dir="" proxies=0 parent=""
+[ $# -ge 1 ] || usage
+command=$1
+shift
+while [ $# -gt 0 ]; do
+    case $1 in
+        --dir) dir=$2 ;;
+        --proxies) proxies=$2 ;;
+        --parent) parent=$2 ;;
+        *) usage ;;
+    esac
+    shift 2
+done
+
+fetch() {
+    [ -d "$CACHE" ] && return
+    has java || fail "Java is missing: install it with: apt-get install openjdk-17-jre-headless"
+    has mvn || fail "Maven is missing: install it with: apt-get install maven"
+    say "fetching Apache Kafka $VERSION with Maven (120 MB, once)"
+    new=$CACHE.$$
+    mkdir -p "$new"
+    cat > "$new/pom.xml" <<POM
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>tidemill</groupId><artifactId>kafka</artifactId><version>1</version>
+  <dependencies><dependency>
+    <groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>$VERSION</version>
+  </dependency></dependencies>
+</project>
+POM
+    (cd "$new" && mvn -q -B dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory=libs >mvn.log 2>&1) \
+        || { tail -n 5 "$new/mvn.log" >&2; fail "Maven could not fetch it; the log is $new/mvn.log"; }
+    # Only a whole folder has the name that is looked for; another process may have been quicker.
+    mv "$new" "$CACHE" 2>/dev/null || rm -rf "$new"
+}
+
+# So many ports that nobody uses now.
+free_ports() {
+    python3 -c '
+import socket, sys
+sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
+for one in sockets: one.bind(("127.0.0.1", 0))
+print(*(one.getsockname()[1] for one in sockets))' "$1"
+}
+
+listening() {
+    python3 -c '
+import socket, sys
+socket.create_connection(("127.0.0.1", int(sys.argv[1])), 0.2)' "$1" 2>/dev/null
+}
+
+alive() { [ -f "$dir/pid" ] && kill -0 "$(cat "$dir/pid")" 2>/dev/null; }
+
+# The configuration, once for a folder, so that a broker that comes back has its ports.
+configure() {
+    # shellcheck disable=SC2046 # one word for each port
+    set -- $(free_ports $((2 + 2 * proxies)))
+    port=$1 controller=$2
+    shift 2
+    listeners="PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$controller"
+    advertised="PLAINTEXT://127.0.0.1:$port"
+    protocols="PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT"
+    printf 'KAFKA_BROKERS=127.0.0.1:%s\n' "$port" > "$dir/addresses"
+    index=0
+    while [ $index -lt "$proxies" ]; do
+        listeners="$listeners,PROXY$index://127.0.0.1:$1"
+        advertised="$advertised,PROXY$index://127.0.0.1:$2"
+        protocols="$protocols,PROXY$index:PLAINTEXT"
+        printf 'PROXY%s=%s:%s\n' $index "$2" "$1" >> "$dir/addresses"
+        index=$((index + 1))
+        shift 2
+    done
+    cat > "$dir/server.properties" <<PROPERTIES
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:$controller
+listeners=$listeners
+advertised.listeners=$advertised
+listener.security.protocol.map=$protocols
+inter.broker.listener.name=PLAINTEXT
+controller.listener.names=CONTROLLER
+log.dirs=$dir/data
+auto.create.topics.enable=false
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=2
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=2
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=1000
+transaction.abort.timed.out.transaction.cleanup.interval.ms=500
+log.retention.check.interval.ms=3600000
+num.network.threads=2
+num.io.threads=4
+PROPERTIES
+    cat > "$dir/log4j2.yaml" <<LOGGING
+Configuration:
+  Appenders:
+    File: { name: file, fileName: $dir/server.log, PatternLayout: { pattern: "%d %p %c{1} %m%n" } }
+  Loggers:
+    Root: { level: WARN, AppenderRef: [{ ref: file }] }
+LOGGING
+}
+
+start_jars() {
+    fetch
+    if [ ! -f "$dir/server.properties" ]; then
+        configure
+        java -Xmx128m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Dlog4j2.configurationFile="$dir/log4j2.yaml" \
+            -cp "$CACHE/libs/*" kafka.tools.StorageTool format --standalone \
+            -t MkU3OEVBNTcwNTJENDM2Qk -c "$dir/server.properties" >"$dir/format.log" 2>&1 \
+            || java -Xmx128m -cp "$CACHE/libs/*" kafka.tools.StorageTool format \
+                -t MkU3OEVBNTcwNTJENDM2Qk -c "$dir/server.properties" >"$dir/format.log" 2>&1 \
+            || { tail -n 5 "$dir/format.log" >&2; fail "cannot format the broker's storage"; }
+    fi
+    setsid java -Xms256m -Xmx512m -XX:+UseSerialGC -Dlog4j2.configurationFile="$dir/log4j2.yaml" \
+        -cp "$CACHE/libs/*" kafka.Kafka "$dir/server.properties" </dev/null >"$dir/out.log" 2>&1 &
+    echo $! > "$dir/pid"
+}
+
+start_docker() {
+    has docker && docker info >/dev/null 2>&1 || return 1
+    # Listeners for proxies need the host's network and this script's configuration.
+    [ "$proxies" = 0 ] || return 1
+    port=$(free_ports 1)
+    docker run -d --rm -p "127.0.0.1:$port:9092" -e KAFKA_NODE_ID=1 -e KAFKA_PROCESS_ROLES=broker,controller \
+        -e KAFKA_LISTENERS=PLAINTEXT://:9092,CONTROLLER://:9093 \
+        -e "KAFKA_ADVERTISED_LISTENERS=PLAINTEXT://127.0.0.1:$port" \
+        -e KAFKA_LISTENER_SECURITY_PROTOCOL_MAP=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT \
+        -e KAFKA_CONTROLLER_QUORUM_VOTERS=1@localhost:9093 -e KAFKA_CONTROLLER_LISTENER_NAMES=CONTROLLER \
+        -e KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR=1 -e KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR=1 \
+        -e KAFKA_TRANSACTION_STATE_LOG_MIN_ISR=1 -e KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS=0 \
+        -e KAFKA_AUTO_CREATE_TOPICS_ENABLE=false "$IMAGE" > "$dir/container"
+    printf 'KAFKA_BROKERS=127.0.0.1:%s\n' "$port" > "$dir/addresses"
+}
+
+await() {
+    port=$(sed -n 's/^KAFKA_BROKERS=127.0.0.1:\([0-9]*\)$/\1/p' "$dir/addresses")
+    tries=0
+    until listening "$port"; do
+        tries=$((tries + 1))
+        [ -f "$dir/container" ] || alive || { tail -n 5 "$dir/out.log" >&2; fail "the broker ended; its log is $dir/server.log"; }
+        [ $tries -lt 300 ] || fail "the broker does not answer; its log is $dir/server.log"
+        sleep 0.1
+    done
+}
+
+# Ends the broker when the process that asked for it is gone, however it went.
+watch_parent() {
+    [ -n "$parent" ] || return 0
+    pid=$(cat "$dir/pid")
+    setsid sh -c "while kill -0 $parent 2>/dev/null && kill -0 $pid 2>/dev/null; do sleep 0.5; done
+        kill -9 $pid 2>/dev/null" </dev/null >/dev/null 2>&1 &
+}
+
+case $command in
+    fetch) [ -n "${KAFKA_BROKERS:-}" ] || fetch ;;
+    start)
+        if [ -n "${KAFKA_BROKERS:-}" ] && [ "$proxies" = 0 ]; then
+            say "taking the broker at $KAFKA_BROKERS"
+            echo "KAFKA_BROKERS=$KAFKA_BROKERS"
+            exit 0
+        fi
+        [ -n "$dir" ] || dir=$(mktemp -d "${TMPDIR:-/tmp}/tidemill-kafka.XXXXXX")
+        mkdir -p "$dir"
+        dir=$(cd "$dir" && pwd)
+        if alive; then
+            fail "a broker runs in $dir already"
+        fi
+        say "starting a broker in $dir (some seconds)"
+        if [ -f "$dir/server.properties" ] || [ -n "$parent" ] || ! start_docker; then
+            start_jars
+        fi
+        await
+        [ ! -f "$dir/pid" ] || watch_parent
+        cat "$dir/addresses"
+        echo "KAFKA_DIR=$dir"
+        ;;
+    stop)
+        [ -n "$dir" ] || usage
+        if [ -f "$dir/container" ]; then
+            docker stop "$(cat "$dir/container")" >/dev/null
+            rm "$dir/container"
+        elif alive; then
+            pid=$(cat "$dir/pid")
+            kill "$pid"
+            tries=0
+            while kill -0 "$pid" 2>/dev/null && [ $tries -lt 100 ]; do
+                tries=$((tries + 1))
+                sleep 0.1
+            done
+            ! kill -9 "$pid" 2>/dev/null || true
+            rm -f "$dir/pid"
+        fi
+        ;;
+    *) usage ;;
+esac
