@@ -72,7 +72,9 @@ import socket, sys
 socket.create_connection(("127.0.0.1", int(sys.argv[1])), 0.2)' "$1" 2>/dev/null
 }
 
-alive() { [ -f "$dir/pid" ] && kill -0 "$(cat "$dir/pid")" 2>/dev/null; }
+# A process that nobody has waited for yet is not alive.
+runs() { kill -0 "$1" 2>/dev/null && ! grep -qs '^State:.*Z' "/proc/$1/status"; }
+alive() { [ -f "$dir/pid" ] && runs "$(cat "$dir/pid")"; }
 
 # The configuration, once for a folder, so that a broker that comes back has its ports.
 configure() {
@@ -112,9 +114,11 @@ transaction.state.log.num.partitions=2
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
+broker.session.timeout.ms=1500
+broker.heartbeat.interval.ms=300
 group.min.session.timeout.ms=1000
 transaction.abort.timed.out.transaction.cleanup.interval.ms=500
-log.retention.check.interval.ms=3600000
+log.retention.ms=-1
 num.network.threads=2
 num.io.threads=4
 PROPERTIES
@@ -210,7 +214,7 @@ case $command in
             pid=$(cat "$dir/pid")
             kill "$pid"
             tries=0
-            while kill -0 "$pid" 2>/dev/null && [ $tries -lt 100 ]; do
+            while runs "$pid" && [ $tries -lt 100 ]; do
                 tries=$((tries + 1))
                 sleep 0.1
             done

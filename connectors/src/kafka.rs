@@ -16,6 +16,7 @@ pub mod record;
 pub mod rows;
 pub mod source;
 pub mod stats;
+pub mod tools;
 mod topics;
 
 /// Why a topic cannot be read or written as a whole.

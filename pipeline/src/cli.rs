@@ -17,6 +17,7 @@ use crate::plan::{Checked, check};
 use crate::run::{Outcome, RunError, RunOptions, run, stop_on_signal};
 use crate::spec::{Definition, SpecError};
 use crate::summary::thousands;
+use crate::topics::{Topics, TopicsError, topics};
 
 /// Exit codes; `README.md` documents them.
 pub mod exit {
@@ -62,6 +63,9 @@ enum Command {
     /// Fetch and look at models
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Make, fill and look into Kafka topics
+    #[command(subcommand)]
+    Topics(Topics),
     /// Print a completion script for a shell
     Completions { shell: Shell },
 }
@@ -125,6 +129,8 @@ pub enum CliError {
     Bench(#[from] BenchError),
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error(transparent)]
+    Topics(#[from] TopicsError),
     #[error("no model {name:?}")]
     UnknownModel { name: String, nearest: String },
     #[error("cannot handle signals")]
@@ -161,6 +167,8 @@ impl CliError {
             Self::Explain(error) => error.help(),
             Self::Bench(error) => error.help(),
             Self::Load(error) => error.help(),
+            Self::Topics(TopicsError::Kafka(error)) => error.help(),
+            Self::Topics(_) => None,
             Self::UnknownModel { nearest, .. } => Some(format!("known are: {nearest}")),
             Self::OverBudget { .. } => {
                 Some("look at the errors sink for the reasons; what was finished is kept".to_owned())
@@ -183,6 +191,7 @@ pub fn execute(cli: Cli) -> Result<(), CliError> {
         Command::Explain(args) => explain_command(&args),
         Command::Bench(command) => Ok(bench(&command)?),
         Command::Models(command) => models_command(command),
+        Command::Topics(command) => Ok(topics(&command)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut script);

@@ -17,3 +17,4 @@ pub mod run;
 pub mod spec;
 pub mod state;
 pub mod summary;
+pub mod topics;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod golden;
+pub mod kafka;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -34,6 +35,14 @@ pub fn binary() -> &'static Path {
             "tidemill",
         ]);
         cargo.arg("--message-format=json-render-diagnostics");
+        // What cargo tells this test about itself would make build scripts of dependencies run anew.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_"].iter().any(|prefix| name.starts_with(prefix))
+            {
+                cargo.env_remove(&*name);
+            }
+        }
         if !cfg!(debug_assertions) {
             cargo.arg("--release");
         }
@@ -86,6 +95,13 @@ impl Pipeline {
     pub fn start(&self, args: &[&str], log: &str) -> Child {
         let log = File::create(self.path(log)).expect("a writable folder");
         self.command(args).stdout(Stdio::null()).stderr(log).spawn().expect("the binary starts")
+    }
+
+    /// Journal keys of the prompts that a run has given to its engine, from its log of the ledger.
+    pub fn computed(&self, log: &str) -> Vec<String> {
+        let text = fs::read_to_string(self.path(log)).expect("the run has a log");
+        let keys = text.lines().filter_map(|line| line.split("key=").nth(1)?.split_whitespace().next());
+        keys.map(str::to_owned).collect()
     }
 
     /// Rows of a JSONL output, in order; none if there is no such file.

@@ -39,16 +39,9 @@ fn pipeline(sink: &str) -> Pipeline {
     pipeline
 }
 
-/// Keys that a run gave to its engine, from its log.
-fn computed(pipeline: &Pipeline, log: &str) -> Vec<String> {
-    let text = fs::read_to_string(pipeline.path(log)).unwrap();
-    let keys = text.lines().filter_map(|line| line.split("key=").nth(1)?.split_whitespace().next());
-    keys.map(str::to_owned).collect()
-}
-
 /// Waits until a run has begun so many prompts.
 fn await_computed(pipeline: &Pipeline, log: &str, count: usize, child: &mut Child) {
-    while computed(pipeline, log).len() < count && child.try_wait().unwrap().is_none() {
+    while pipeline.computed(log).len() < count && child.try_wait().unwrap().is_none() {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -121,7 +114,7 @@ fn kill_until_done(sink: &str, state: &str, is_parquet: bool, seed: u64) {
         assert!(child.try_wait().unwrap().is_none(), "seed {seed}: the run was over at kill {kill}");
         child.kill().unwrap();
         child.wait().unwrap();
-        let keys = computed(&pipeline, &log);
+        let keys = pipeline.computed(&log);
         let again: Vec<&String> = keys.iter().filter(|key| before.contains(*key)).collect();
         assert!(again.is_empty(), "seed {seed}, kill {kill}: computed again although journaled: {again:?}");
         let now = journaled(&pipeline, state);
@@ -138,7 +131,7 @@ fn kill_until_done(sink: &str, state: &str, is_parquet: bool, seed: u64) {
         "{}",
         fs::read_to_string(pipeline.path(log)).unwrap()
     );
-    assert!(computed(&pipeline, log).iter().all(|key| !before.contains(key)));
+    assert!(pipeline.computed(log).iter().all(|key| !before.contains(key)));
     let got = rows(&pipeline, is_parquet);
     assert_eq!(got.results, expected.results, "seed {seed}");
     assert_eq!(got.errors, expected.errors, "seed {seed}");
@@ -175,7 +168,7 @@ fn an_interrupted_run_keeps_what_is_finished() {
     assert!(!known.is_empty() && known.len() < DOCUMENTS, "{} answers", known.len());
     pipeline.env.retain(|(key, _)| *key != DELAY);
     assert!(pipeline.start(&["run", "--quiet"], "second.log").wait().unwrap().success());
-    assert!(computed(&pipeline, "second.log").iter().all(|key| !known.contains(key)));
+    assert!(pipeline.computed("second.log").iter().all(|key| !known.contains(key)));
     let rows = pipeline.jsonl("out/results.jsonl");
     assert!(rows.len() > kept);
     let ids: Vec<i64> = rows.iter().map(|row| row["id"].as_i64().unwrap()).collect();

@@ -71,8 +71,16 @@ pub struct KafkaBroker {
 
 /// Counts what the broker refuses.
 #[derive(Debug, Default)]
-struct Deliveries {
+pub(super) struct Deliveries {
     failed: Mutex<Option<Failed>>,
+}
+
+impl Deliveries {
+    /// Why the first record that did not arrive was refused.
+    pub(super) fn failure(&self) -> Option<String> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.as_ref().map(|failed| failed.reason.clone())
+    }
 }
 
 #[derive(Clone, Debug)]

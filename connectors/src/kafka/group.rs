@@ -15,7 +15,7 @@ use rdkafka::consumer::{
 };
 use rdkafka::error::KafkaResult;
 use rdkafka::message::BorrowedMessage;
-use rdkafka::types::RDKafkaRespErr;
+use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 use rdkafka::{Offset, Statistics, TopicPartitionList};
 
 use super::KafkaError;
@@ -265,7 +265,9 @@ impl ClientContext for GroupContext {
     }
 
     fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
-        tracing::info!(%error, reason, "consumer");
+        if !matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::PartitionEOF)) {
+            tracing::info!(%error, reason, "consumer");
+        }
     }
 
     fn stats(&self, statistics: Statistics) {
@@ -282,6 +284,21 @@ impl ClientContext for GroupContext {
         }
     }
 }
+
+/// Callbacks of a client that has nothing to say.
+pub(super) struct Quiet;
+
+impl ClientContext for Quiet {
+    fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
+        log(level, fac, message);
+    }
+
+    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "client");
+    }
+}
+
+impl ConsumerContext for Quiet {}
 
 /// The client's own messages: what it does about them is shown by what follows, so they are details.
 pub(super) fn log(level: RDKafkaLogLevel, fac: &str, message: &str) {

@@ -46,9 +46,11 @@ struct State {
 impl KafkaOutput {
     /// Finds mistakes in the options; does not connect.
     pub fn check(producer: &ProducerSpec) -> Result<(), KafkaError> {
-        let home = home(producer, InputNames::default())?;
+        // The real name may be known only when it runs.
+        let producer = ProducerSpec { transactional_id: "check".to_owned(), ..producer.clone() };
+        let home = home(&producer, InputNames::default())?;
         let progress = Progress::Rows { home, state: String::new() };
-        KafkaBroker::new(producer.clone(), [usize::MAX; 2], progress, Arc::default()).check()
+        KafkaBroker::new(producer, [usize::MAX; 2], progress, Arc::default()).check()
     }
 
     /// Opens the topics and fences who wrote them by the same name before; only then may the input be read.

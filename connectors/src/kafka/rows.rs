@@ -36,7 +36,7 @@ fn kafka_fields() -> Fields {
         Field::new("topic", DataType::Utf8, false),
         Field::new("partition", DataType::Int32, false),
         Field::new("offset", DataType::Int64, false),
-        Field::new("timestamp", DataType::Timestamp(TimeUnit::Millisecond, Some("UTC".into())), true),
+        Field::new("timestamp", DataType::Timestamp(TimeUnit::Millisecond, Some("+00:00".into())), true),
         Field::new("key", DataType::Binary, true),
         Field::new("headers", headers_type(), false),
     ])
@@ -158,7 +158,7 @@ impl KafkaBuilder {
             topic: StringBuilder::new(),
             partition: Int32Builder::new(),
             offset: Int64Builder::new(),
-            timestamp: TimestampMillisecondBuilder::new().with_timezone("UTC"),
+            timestamp: TimestampMillisecondBuilder::new().with_timezone("+00:00"),
             key: BinaryBuilder::new(),
             headers: MapBuilder::new(Some(names), StringBuilder::new(), BinaryBuilder::new()),
         }

@@ -189,7 +189,8 @@ impl KafkaSource {
         self.ends.retain(|partition, _| assignment.get(partition).is_some());
         drop(assignment);
         self.idle = Duration::ZERO;
-        if self.is_paused { self.set_paused(true) } else { Ok(()) }
+        // The client remembers of a partition that comes back that it was paused when it went.
+        self.set_paused(self.is_paused)
     }
 
     /// Whether a record lies before the end that is read to.
@@ -271,6 +272,8 @@ impl KafkaSource {
                 break;
             }
         }
+        // A partition that came back paused gives no record that would remind us.
+        self.follow_assignment()?;
         for (_, chunk) in chunks {
             if let Some(batch) = chunk.rows.finish(chunk.input, chunk.revoked) {
                 self.ready.push_back(batch);
@@ -416,7 +419,10 @@ impl Source for KafkaSource {
                 return Ok(Read::Batch(batch));
             }
         }
-        self.idle += MAX_WAIT;
+        // Before the group has answered, there is nothing to be at the end of.
+        if self.group.assignment().version() > 0 {
+            self.idle += MAX_WAIT;
+        }
         Ok(if self.is_at_end()? { Read::End } else { Read::Idle })
     }
 

@@ -7,11 +7,11 @@ use std::thread::Thread;
 use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 
 use super::KafkaError;
 use super::config::Cluster;
+use super::group::Quiet;
 
 /// What a broker that does not tell is taken to have: Kafka's default.
 const DEFAULT_MAX_BYTES: usize = 1_048_588;
@@ -22,12 +22,13 @@ const NUM_TRIES: u32 = 5;
 /// The most bytes that a record may have in each of the topics, which must exist.
 pub(super) fn limits(cluster: &Cluster, topics: [&str; 2]) -> Result<[usize; 2], KafkaError> {
     let config = cluster.client(&[]);
-    let client: BaseConsumer = config.create().map_err(|error| cluster.error("write", &error))?;
+    let client: BaseConsumer<Quiet> =
+        config.create_with_context(Quiet).map_err(|error| cluster.error("write", &error))?;
     for topic in topics {
         await_topic(cluster, &client, topic)?;
     }
-    let admin: AdminClient<DefaultClientContext> =
-        config.create().map_err(|error| cluster.error("write", &error))?;
+    let admin: AdminClient<Quiet> =
+        config.create_with_context(Quiet).map_err(|error| cluster.error("write", &error))?;
     let resources = topics.map(ResourceSpecifier::Topic);
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
     let found = block_on(admin.describe_configs(&resources, &options));
@@ -40,7 +41,7 @@ pub(super) fn limits(cluster: &Cluster, topics: [&str; 2]) -> Result<[usize; 2],
     Ok(limits)
 }
 
-fn await_topic(cluster: &Cluster, client: &BaseConsumer, topic: &str) -> Result<(), KafkaError> {
+fn await_topic(cluster: &Cluster, client: &BaseConsumer<Quiet>, topic: &str) -> Result<(), KafkaError> {
     for _ in 0..NUM_TRIES {
         let metadata = client
             .fetch_metadata(Some(topic), TIMEOUT)
@@ -65,7 +66,7 @@ impl Wake for Unpark {
 }
 
 /// Waits for one future: the admin client has no other calls, and a runtime would be too much for it.
-fn block_on<F: Future>(future: F) -> F::Output {
+pub(super) fn block_on<F: Future>(future: F) -> F::Output {
     let mut future = pin!(future);
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let mut context = Context::from_waker(&waker);
