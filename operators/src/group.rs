@@ -3,8 +3,8 @@
 //! One worker sees the whole window, so equal prefixes meet wherever they were tokenized, and it routes each to
 //! one of the engines, however many workers there are. Nothing waits for the window to fill: prompts leave while an
 //! engine has room ([`Demand`]), and those that arrive meanwhile take their place in the order at once. Each prompt
-//! tells its engine how many later ones share its prefixes, so that the engine keeps what is still needed. The order
-//! itself is in [`window`] and [`tree`]; pages and cached prefixes are the engine's business.
+//! tells its engine how many later ones share its prefixes, so that the engine keeps what is still needed. A document
+//! whose lease is revoked is dropped where it would leave. The order itself is in [`window`] and [`tree`]; pages and cached prefixes are the engine's business.
 
 pub mod distinct;
 pub mod tree;
@@ -118,10 +118,14 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                             demand.give_back(engine);
                             break;
                         };
-                        prompt.engine = engine as u32;
-                        prompt.shared = shared.into();
                         let (capability, count) = held.get_mut(&epoch).expect("held with its first prompt");
-                        output.session(&*capability).give(prompt);
+                        if prompt.document.lease().is_revoked() {
+                            demand.give_back(engine);
+                        } else {
+                            prompt.engine = engine as u32;
+                            prompt.shared = shared.into();
+                            output.session(&*capability).give(prompt);
+                        }
                         *count -= 1;
                         if *count == 0 {
                             held.remove(&epoch);

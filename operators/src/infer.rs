@@ -2,7 +2,8 @@
 //!
 //! The operator never blocks and never computes: it hands prompts to a [`runner`] and is woken when answers
 //! are in its mailbox. It keeps one capability an open epoch and drops it with the epoch's last answer, so
-//! the frontier passes an epoch exactly when all its documents are done.
+//! the frontier passes an epoch exactly when all its documents are done. A document whose lease is revoked is done
+//! without an answer: it leaves nothing but its place.
 
 pub mod engine;
 pub mod forecast;
@@ -24,7 +25,7 @@ use crate::Epoch;
 use crate::document::Document;
 use crate::group::Demand;
 use crate::tokenize::Prompt;
-use runner::{EngineHandle, Mailbox, Work};
+use runner::{EngineHandle, Mailbox, Reply, Work};
 
 /// Where operators and their threads report that the world is broken; the first report stands.
 #[derive(Clone, Debug, Default)]
@@ -126,6 +127,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     let epoch = *capability.time();
                     open.epochs.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
                     for prompt in prompts.drain(..) {
+                        let lease = prompt.document.lease().clone();
                         let tag = open.insert(epoch, prompt.engine, prompt.document);
                         engines[prompt.engine as usize].submit(Work {
                             tag,
@@ -135,15 +137,19 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                             sampling: prompt.sampling,
                             step: Arc::clone(&step),
                             shared: prompt.shared,
+                            lease,
                             reply: Arc::clone(&mailbox),
                         });
                     }
                 });
-                for (tag, generated) in mailbox.take() {
+                for (tag, reply) in mailbox.take() {
                     let (epoch, engine, mut document) = open.remove(tag);
-                    document.results.insert(Arc::clone(&step), generated);
                     let (capability, count) = open.epochs.get_mut(&epoch).expect("open with its documents");
-                    output.session(&*capability).give(document);
+                    // An answer that was finished before the lease was revoked is not wanted either.
+                    if let (Reply::Answer(generated), false) = (reply, document.lease().is_revoked()) {
+                        document.results.insert(Arc::clone(&step), generated);
+                        output.session(&*capability).give(document);
+                    }
                     *count -= 1;
                     if *count == 0 {
                         open.epochs.remove(&epoch);

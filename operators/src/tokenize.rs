@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tidemill_kernels::step::SamplingParams;
 use timely::dataflow::StreamVec;
-use timely::dataflow::operators::core::OkErr;
+use timely::dataflow::operators::core::{Filter, OkErr};
 
 use crate::Epoch;
 use crate::chat::ChatTemplate;
@@ -138,7 +138,8 @@ impl PromptBuilder {
 
 /// Extension trait of document streams.
 pub trait Tokenize<'scope> {
-    /// Encodes each document as a prompt; those that cannot be go to the second stream.
+    /// Encodes each document as a prompt; those that cannot be go to the second stream, and those whose lease is revoked
+    /// to none.
     fn tokenize(
         self,
         builder: PromptBuilder,
@@ -150,6 +151,6 @@ impl<'scope> Tokenize<'scope> for StreamVec<'scope, Epoch, Document> {
         self,
         builder: PromptBuilder,
     ) -> (StreamVec<'scope, Epoch, Prompt>, StreamVec<'scope, Epoch, RecordError>) {
-        self.ok_err(move |document| builder.build(document))
+        self.filter(|document| !document.lease().is_revoked()).ok_err(move |document| builder.build(document))
     }
 }

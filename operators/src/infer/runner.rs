@@ -1,7 +1,8 @@
 //! Runs an engine on a thread of its own, and the journal on another.
 //!
 //! The way of an answer: engine → journal (durable) → mailbox → operator. While the journal writes, the
-//! engine goes on; all answers that finished meanwhile share the journal's next transaction. Queues are
+//! engine goes on; all answers that finished meanwhile share the journal's next transaction. Between two steps, works
+//! whose lease is revoked leave the engine without an answer. Queues are
 //! bounded by what `group` hands out, so sending never blocks.
 
 use std::collections::BTreeMap;
@@ -17,7 +18,7 @@ use super::Failure;
 use super::engine::{Engine, EngineStats};
 use super::sequence::{Finished, SequenceId, SequenceRequest, SharedPrefix};
 use crate::counters::Counters;
-use crate::document::Generated;
+use crate::document::{Generated, Lease};
 use crate::journal::{Journal, JournalKey};
 use crate::tokenize::TextModel;
 
@@ -31,28 +32,38 @@ pub struct Work {
     pub sampling: SamplingParams,
     pub step: Arc<str>,
     pub shared: Arc<[SharedPrefix]>,
+    /// Revoked, the work is given up between two steps and replied to as canceled.
+    pub lease: Lease,
     pub reply: Arc<Mailbox>,
 }
 
-/// Answers waiting for an operator, which is woken for them.
+/// What an operator is told of its work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    Answer(Generated),
+    /// The lease was revoked.
+    Canceled,
+}
+
+/// Replies waiting for an operator, which is woken for them. Each work is replied to once.
 pub struct Mailbox {
-    answers: Mutex<Vec<(u64, Generated)>>,
+    replies: Mutex<Vec<(u64, Reply)>>,
     operator: SyncActivator,
 }
 
 impl Mailbox {
     pub fn new(operator: SyncActivator) -> Self {
-        Self { answers: Mutex::new(Vec::new()), operator }
+        Self { replies: Mutex::new(Vec::new()), operator }
     }
 
-    fn put(&self, tag: u64, generated: Generated) {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner).push((tag, generated));
+    fn put(&self, tag: u64, reply: Reply) {
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner).push((tag, reply));
         // Fails only when the worker is gone, and then nobody needs waking.
         let _ = self.operator.activate();
     }
 
-    pub fn take(&self) -> Vec<(u64, Generated)> {
-        std::mem::take(&mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner))
+    pub fn take(&self) -> Vec<(u64, Reply)> {
+        std::mem::take(&mut *self.replies.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -167,11 +178,21 @@ impl Driver {
             if self.context.cancel.load(Ordering::Acquire) || self.context.failure.get().is_some() {
                 return Ok(());
             }
+            self.cancel_revoked();
             let finished = self.engine.step()?;
             self.count();
             for finished in finished {
                 self.finish(finished)?;
             }
+        }
+    }
+
+    /// Gives up the works whose lease is revoked.
+    fn cancel_revoked(&mut self) {
+        for (id, work) in self.open.extract_if(.., |_, work| work.lease.is_revoked()) {
+            let is_known = self.engine.abort(id);
+            assert!(is_known, "an open work is not in the engine");
+            work.reply.put(work.tag, Reply::Canceled);
         }
     }
 
@@ -235,7 +256,7 @@ fn write_journal(answers: &Receiver<Answer>, context: &RunnerContext) {
             }
         }
         for answer in batch {
-            answer.reply.put(answer.tag, answer.generated);
+            answer.reply.put(answer.tag, Reply::Answer(answer.generated));
         }
     }
 }

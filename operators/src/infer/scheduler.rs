@@ -15,7 +15,7 @@
 mod admission;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use tidemill_kernels::step::{PageCopy, PageId, StepBatch, StepOutput};
@@ -24,7 +24,7 @@ use super::engine::EngineConfig;
 use super::forecast::AnswerLengths;
 use super::page_pool::{PageHolder, PagePool};
 use super::prefix_cache::PrefixCache;
-use super::sequence::{Finished, Sequence, SequenceRequest};
+use super::sequence::{Finished, Sequence, SequenceId, SequenceRequest};
 use admission::Admission;
 
 /// How many waiting sequences are considered in a step while those before them wait for a shared prefix.
@@ -41,6 +41,8 @@ pub struct StepPlan {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     pub finished: u64,
+    pub aborted: u64,
+    pub aborted_tokens: u64,
     pub prompt_tokens: u64,
     pub computed_tokens: u64,
     pub reused_tokens: u64,
@@ -68,6 +70,8 @@ pub struct Scheduler {
     plan: StepPlan,
     /// Planned and not committed. A step that failed is tried again as it was, since it may have written some pages.
     is_planned: bool,
+    /// Running sequences to give up with the next commit: the planned step may be writing their pages.
+    aborting: BTreeSet<SequenceId>,
     /// By step of the pipeline.
     answer_lengths: BTreeMap<Arc<str>, AnswerLengths>,
     num_submitted: u64,
@@ -88,6 +92,7 @@ impl Scheduler {
             running: Vec::new(),
             plan: StepPlan::default(),
             is_planned: false,
+            aborting: BTreeSet::new(),
             answer_lengths: BTreeMap::new(),
             num_submitted: 0,
             counters: Counters::default(),
@@ -102,6 +107,23 @@ impl Scheduler {
         self.num_submitted += 1;
         self.counters.prompt_tokens += sequence.prompt_len as u64;
         self.waiting.push_back(sequence);
+    }
+
+    /// Gives up a sequence and its pages, at once or when the planned step is done. False if there is none of this name.
+    pub fn abort(&mut self, id: SequenceId) -> bool {
+        if let Some(index) = self.waiting.iter().position(|sequence| sequence.id == id) {
+            let sequence = self.waiting.remove(index).expect("it was just found");
+            self.forget(&sequence);
+            return true;
+        }
+        let Some(index) = self.running.iter().position(|sequence| sequence.id == id) else { return false };
+        if self.is_planned {
+            return self.aborting.insert(id);
+        }
+        let mut sequence = self.running.remove(index);
+        self.release(&mut sequence);
+        self.forget(&sequence);
+        true
     }
 
     /// Plans the next step. Without [`commit`](Self::commit) the plan stays as it is.
@@ -150,14 +172,18 @@ impl Scheduler {
         assert_eq!(chunk_lens.len(), self.running.len(), "commit without a plan");
         let running = std::mem::take(&mut self.running);
         for (mut sequence, chunk_len) in running.into_iter().zip(chunk_lens.drain(..)) {
-            if chunk_len == 0 {
-                self.running.push(sequence);
+            let mut token_id = None;
+            if chunk_len > 0 {
+                token_id = *sampled.next().expect("the output has one entry a planned sequence");
+                self.drop_copy(&mut sequence);
+                self.advance(&mut sequence, chunk_len);
+            }
+            if self.aborting.remove(&sequence.id) {
+                self.release(&mut sequence);
+                self.forget(&sequence);
                 continue;
             }
-            let token_id = *sampled.next().expect("the output has one entry a planned sequence");
-            self.drop_copy(&mut sequence);
-            self.advance(&mut sequence, chunk_len);
-            if sequence.computed_len < sequence.known_len() {
+            if chunk_len == 0 || sequence.computed_len < sequence.known_len() {
                 self.running.push(sequence);
                 continue;
             }
@@ -175,6 +201,7 @@ impl Scheduler {
             }
         }
         assert!(sampled.next().is_none(), "the output has more entries than the plan");
+        assert!(self.aborting.is_empty(), "only running sequences are aborted with a commit");
         self.plan.chunk_lens = chunk_lens;
         finished
     }
@@ -294,6 +321,13 @@ impl Scheduler {
         self.counters.preemptions += 1;
         let place = self.waiting.partition_point(|other| other.serial < sequence.serial);
         self.waiting.insert(place, sequence);
+    }
+
+    /// Counts a sequence that is given up.
+    fn forget(&mut self, sequence: &Sequence) {
+        assert!(sequence.pages.is_empty(), "given up with pages");
+        self.counters.aborted += 1;
+        self.counters.aborted_tokens += sequence.num_prompt_tokens(sequence.seen_len, usize::MAX) as u64;
     }
 
     /// Pages that nobody else uses: the last ones of the page table.

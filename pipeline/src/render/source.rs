@@ -13,7 +13,7 @@ use tidemill_connectors::source::{Source, SourceBatch};
 use tidemill_operators::Epoch;
 use tidemill_operators::batch::Batch;
 use tidemill_operators::counters::Counters;
-use tidemill_operators::document::{DocumentId, ErrorKind, Payload, RecordError};
+use tidemill_operators::document::{DocumentId, ErrorKind, Lease, Payload, RecordError};
 use tidemill_operators::infer::Failure;
 use timely::container::NoopBuilder;
 use timely::dataflow::channels::pact::Pipeline;
@@ -187,7 +187,7 @@ fn convert(batch: SourceBatch) -> Batch {
         message: rejected.reason,
         payload: Payload::Raw(rejected.raw),
     });
-    Batch::new(batch.rows, ids, rejected.collect())
+    Batch::new(batch.rows, ids, rejected.collect(), Lease::default())
 }
 
 #[cfg(test)]

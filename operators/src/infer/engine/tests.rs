@@ -4,7 +4,7 @@ use tidemill_kernels::models::{FakeConfig, FakeModel};
 use tidemill_kernels::step::{PageId, SamplingParams};
 
 use super::super::scheduler::tests::learn_short;
-use super::super::sequence::{FinishReason, SequenceId, SharedPrefix};
+use super::super::sequence::{FinishReason, SharedPrefix};
 use super::*;
 
 pub(super) const VOCAB_SIZE: u32 = 24;

@@ -22,6 +22,9 @@ struct Case {
     /// Ids in the order of their first step.
     started: Vec<u64>,
     finished: BTreeSet<SequenceId>,
+    aborted: BTreeSet<SequenceId>,
+    /// Of them, those that a planned step was computing.
+    num_aborted_in_step: usize,
 }
 
 fn extend_prefix(prefix: u64, token_id: u32) -> u64 {
@@ -51,6 +54,8 @@ impl Case {
             submitted: Vec::new(),
             started: Vec::new(),
             finished: BTreeSet::new(),
+            aborted: BTreeSet::new(),
+            num_aborted_in_step: 0,
         }
     }
 
@@ -69,6 +74,19 @@ impl Case {
         let request = SequenceRequest::new(id, token_ids.into(), max_tokens, SamplingParams::GREEDY);
         self.scheduler.submit(&request);
         self.submitted.push(request);
+    }
+
+    /// Gives up any sequence, whether it waits, runs, is being computed, or is gone already.
+    fn abort(&mut self) {
+        let id = self.random.pick(&self.submitted).id;
+        let is_open = !self.finished.contains(&id) && !self.aborted.contains(&id);
+        let is_running = self.scheduler.running.iter().any(|sequence| sequence.id == id);
+        assert_eq!(self.scheduler.abort(id), is_open, "{id:?}");
+        self.num_aborted_in_step += usize::from(is_open && is_running && self.scheduler.is_planned);
+        self.aborted.extend(is_open.then_some(id));
+        if !self.scheduler.is_planned {
+            self.check_pages();
+        }
     }
 
     fn step(&mut self) {
@@ -90,6 +108,7 @@ impl Case {
         let output = StepOutput { token_ids: token_ids.collect() };
         for finished in self.scheduler.commit(&output, &[EOS]) {
             assert!(self.finished.insert(finished.id), "{:?} finished twice", finished.id);
+            assert!(!self.aborted.contains(&finished.id), "{:?} was given up", finished.id);
             let request = &self.submitted[finished.id.0 as usize];
             let len = finished.token_ids.len();
             match finished.reason {
@@ -197,14 +216,23 @@ impl Case {
         }
     }
 
+    fn has_work(&self) -> bool {
+        self.scheduler.num_waiting() + self.scheduler.num_running() > 0
+    }
+
     fn run(&mut self) {
         let num_sequences = self.random.between(1, 40);
+        let aborts = self.random.one_in(2);
         let mut num_steps = 0;
-        while self.finished.len() < num_sequences {
+        while self.finished.len() + self.aborted.len() < num_sequences || self.has_work() {
             while self.submitted.len() < num_sequences && !self.random.one_in(3) {
                 self.submit();
             }
-            if self.scheduler.num_waiting() + self.scheduler.num_running() > 0 {
+            let patience = if self.scheduler.is_planned { 2 } else { 8 };
+            if aborts && !self.submitted.is_empty() && self.random.one_in(patience) {
+                self.abort();
+            }
+            if self.has_work() {
                 self.step();
                 num_steps += 1;
             }
@@ -218,20 +246,25 @@ impl Case {
 #[test]
 fn every_sequence_reads_its_own_prefix_and_finishes() {
     let mut total = Counters::default();
+    let mut num_aborted_in_step = 0;
     for seed in 0..200 {
         let mut case = Case::new(seed);
         case.run();
         let counters = case.scheduler.counters();
         assert_eq!(
             counters.prompt_tokens + counters.recomputed_tokens,
-            counters.computed_tokens + counters.reused_tokens
+            counters.computed_tokens + counters.reused_tokens + counters.aborted_tokens
         );
-        assert_eq!(counters.finished, case.submitted.len() as u64);
+        assert_eq!(counters.finished, case.finished.len() as u64);
+        assert_eq!(counters.aborted, case.aborted.len() as u64);
+        num_aborted_in_step += case.num_aborted_in_step;
+        total.aborted += counters.aborted;
         total.preemptions += counters.preemptions;
         total.reused_tokens += counters.reused_tokens;
         total.recomputed_tokens += counters.recomputed_tokens;
     }
     println!("{total:?}");
     assert!(total.preemptions > 100, "too few preemptions to show anything");
+    assert!(total.aborted > 100 && num_aborted_in_step > 20, "too few are given up to show anything");
     assert!(total.reused_tokens > 1000, "too little reuse to show anything");
 }
