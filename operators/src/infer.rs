@@ -14,6 +14,7 @@ pub mod scheduler;
 pub mod sequence;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use timely::container::CapacityContainerBuilder;
@@ -25,15 +26,24 @@ use crate::Epoch;
 use crate::document::Document;
 use crate::group::Demand;
 use crate::tokenize::Prompt;
-use runner::{EngineHandle, Mailbox, Reply, Work};
+use runner::{EngineHandle, Mailbox, Reply, Work, WorkContext};
 
 /// Where operators and their threads report that the world is broken; the first report stands.
 #[derive(Clone, Debug, Default)]
 pub struct Failure {
     message: Arc<Mutex<Option<String>>>,
+    /// Set after the message, so that asking whether there is one costs no lock.
+    is_reported: Arc<AtomicBool>,
+    /// What fails, this fails with.
+    causes: Arc<[Failure]>,
 }
 
 impl Failure {
+    /// A failure of its own that includes those of others: of the engines that a pipeline shares, for one.
+    pub fn caused_by(causes: impl IntoIterator<Item = Self>) -> Self {
+        Self { causes: causes.into_iter().collect(), ..Self::default() }
+    }
+
     /// Reports an error with its causes.
     pub fn fail(&self, error: &dyn std::error::Error) {
         let mut message = error.to_string();
@@ -44,6 +54,7 @@ impl Failure {
             cause = error.source();
         }
         self.message.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+        self.is_reported.store(true, Ordering::Release);
     }
 
     /// Reports a panic of the thread that drops it, so that nobody waits for that thread.
@@ -51,8 +62,35 @@ impl Failure {
         Watch { failure: self.clone(), thread }
     }
 
+    pub fn is_reported(&self) -> bool {
+        self.is_reported.load(Ordering::Acquire) || self.causes.iter().any(Self::is_reported)
+    }
+
     pub fn get(&self) -> Option<String> {
-        self.message.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let own = self.message.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        own.or_else(|| self.causes.iter().find_map(Self::get))
+    }
+}
+
+/// Asks one pipeline to end without finishing what is open, or all pipelines that share `everyone`.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    own: Arc<AtomicBool>,
+    everyone: Arc<AtomicBool>,
+}
+
+impl Stop {
+    pub fn new(everyone: Arc<AtomicBool>) -> Self {
+        Self { own: Arc::default(), everyone }
+    }
+
+    /// Ends this pipeline and no other.
+    pub fn set(&self) {
+        self.own.store(true, Ordering::Release);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.own.load(Ordering::Acquire) || self.everyone.load(Ordering::Acquire)
     }
 }
 
@@ -106,6 +144,7 @@ pub trait Infer<'scope> {
         step: Arc<str>,
         engines: Vec<EngineHandle>,
         demand: Arc<Demand>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Document>;
 }
 
@@ -115,6 +154,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
         step: Arc<str>,
         engines: Vec<EngineHandle>,
         demand: Arc<Demand>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Document> {
         let worker = self.scope().worker();
         let assigned = Exchange::new(|prompt: &Prompt| u64::from(prompt.engine));
@@ -138,6 +178,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                             step: Arc::clone(&step),
                             shared: prompt.shared,
                             lease,
+                            context: Arc::clone(&context),
                             reply: Arc::clone(&mailbox),
                         });
                     }
@@ -178,6 +219,8 @@ mod tests {
         assert!(failure.get().is_some_and(|message| message.starts_with("the engine thread panicked")));
         let calm = Failure::default();
         drop(calm.watch("engine"));
-        assert_eq!(calm.get(), None);
+        let of_both = Failure::caused_by([calm.clone(), failure.clone()]);
+        assert_eq!((calm.get(), calm.is_reported()), (None, false));
+        assert_eq!((of_both.get(), of_both.is_reported()), (failure.get(), true));
     }
 }

@@ -81,7 +81,7 @@ pub struct SinkPlan {
     pub commit_seconds: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EnginePlan {
     pub max_num_seqs: u32,
     pub max_num_batched_tokens: u32,

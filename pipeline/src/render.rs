@@ -14,7 +14,6 @@ pub mod sink;
 pub mod source;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tidemill_connectors::source::Position;
@@ -24,8 +23,8 @@ use tidemill_operators::counters::Counters;
 use tidemill_operators::document::{Document, RecordError};
 use tidemill_operators::group::window::WindowLimits;
 use tidemill_operators::group::{Demand, Group};
-use tidemill_operators::infer::runner::EngineHandle;
-use tidemill_operators::infer::{Failure, Infer};
+use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
+use tidemill_operators::infer::{Failure, Infer, Stop};
 use tidemill_operators::journal::Journal;
 use tidemill_operators::recall::Recall;
 use tidemill_operators::tokenize::{PromptBuilder, Tokenize};
@@ -44,8 +43,10 @@ pub struct Shared {
     pub counters: Arc<Counters>,
     pub failure: Failure,
     /// Set when the run should end early: the user asked, a thread failed, the error budget is used up.
-    pub stop: Arc<AtomicBool>,
+    pub stop: Stop,
     pub journal: Option<Journal>,
+    /// What goes with the work to the engines, which other runs may share.
+    pub work: Arc<WorkContext>,
     pub epochs: Arc<EpochLog>,
     /// By step.
     pub demands: Vec<Arc<Demand>>,
@@ -54,7 +55,7 @@ pub struct Shared {
 
 impl Shared {
     pub fn should_stop(&self) -> bool {
-        self.stop.load(Ordering::Acquire) || self.failure.get().is_some()
+        self.work.is_over()
     }
 }
 
@@ -122,7 +123,7 @@ pub fn render<'scope>(
         );
         let limits = WindowLimits::new(shared.credit.documents as usize, shared.credit.bytes);
         let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.counters));
-        let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand));
+        let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand), Arc::clone(&shared.work));
         documents = scope.concatenate([answered, inferred]);
         errors.push(refused);
     }

@@ -7,8 +7,8 @@
 
 use tidemill_kernels::step::{Model, ModelInfo, StepBatch, StepError, StepOutput};
 
-use super::scheduler::Scheduler;
-use super::sequence::{Finished, SequenceId, SequenceRequest};
+use super::scheduler::{Counters, Scheduler};
+use super::sequence::{Finished, OwnerId, SequenceId, SequenceRequest};
 
 /// The bounds of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +153,11 @@ impl Engine {
         self.steps += 1;
         self.step_tokens += self.batch.num_tokens() as u64;
         Ok(self.scheduler.commit(&output, &info.eos_token_ids))
+    }
+
+    /// What of the counts is this owner's.
+    pub fn counters_of(&self, owner: OwnerId) -> Counters {
+        self.scheduler.counters_of(owner)
     }
 
     pub fn stats(&self) -> EngineStats {

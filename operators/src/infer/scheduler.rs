@@ -24,7 +24,7 @@ use super::engine::EngineConfig;
 use super::forecast::AnswerLengths;
 use super::page_pool::{PageHolder, PagePool};
 use super::prefix_cache::PrefixCache;
-use super::sequence::{Finished, Sequence, SequenceId, SequenceRequest};
+use super::sequence::{Finished, OwnerId, Sequence, SequenceId, SequenceRequest};
 use admission::Admission;
 
 /// How many waiting sequences are considered in a step while those before them wait for a shared prefix.
@@ -72,10 +72,11 @@ pub struct Scheduler {
     is_planned: bool,
     /// Running sequences to give up with the next commit: the planned step may be writing their pages.
     aborting: BTreeSet<SequenceId>,
-    /// By step of the pipeline.
-    answer_lengths: BTreeMap<Arc<str>, AnswerLengths>,
+    answer_lengths: BTreeMap<(OwnerId, Arc<str>), AnswerLengths>,
     num_submitted: u64,
     counters: Counters,
+    /// What of `counters` is each owner's; indexed by owner.
+    owned: Vec<Counters>,
 }
 
 impl Scheduler {
@@ -96,6 +97,7 @@ impl Scheduler {
             answer_lengths: BTreeMap::new(),
             num_submitted: 0,
             counters: Counters::default(),
+            owned: Vec::new(),
         }
     }
 
@@ -105,7 +107,7 @@ impl Scheduler {
         let max_len = sequence.prompt_len + sequence.max_tokens;
         assert!(max_len <= self.pool.num_pages() * self.page_size, "the sequence could never finish");
         self.num_submitted += 1;
-        self.counters.prompt_tokens += sequence.prompt_len as u64;
+        self.count(sequence.owner, |counters| counters.prompt_tokens += sequence.prompt_len as u64);
         self.waiting.push_back(sequence);
     }
 
@@ -189,13 +191,14 @@ impl Scheduler {
             }
             let answer_len = sequence.known_len();
             let reason = sequence.push_sampled(token_id.expect("a token was sampled"), eos_token_ids);
-            self.counters.output_tokens += (sequence.known_len() - answer_len) as u64;
+            let num_new = (sequence.known_len() - answer_len) as u64;
+            self.count(sequence.owner, |counters| counters.output_tokens += num_new);
             match reason {
                 None => self.running.push(sequence),
                 Some(reason) => {
                     self.release(&mut sequence);
-                    self.counters.finished += 1;
-                    self.learn(&sequence.step, sequence.answer_len());
+                    self.count(sequence.owner, |counters| counters.finished += 1);
+                    self.learn(sequence.owner, &sequence.step, sequence.answer_len());
                     finished.push(sequence.finish(reason));
                 }
             }
@@ -207,12 +210,17 @@ impl Scheduler {
     }
 
     /// Expects answers of a step to be like this one.
-    pub fn learn(&mut self, step: &Arc<str>, answer_len: usize) {
-        self.answer_lengths.entry(Arc::clone(step)).or_default().add(answer_len);
+    pub fn learn(&mut self, owner: OwnerId, step: &Arc<str>, answer_len: usize) {
+        self.answer_lengths.entry((owner, Arc::clone(step))).or_default().add(answer_len);
     }
 
     pub fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// What of the counters is this owner's; `peak_running` is nobody's.
+    pub fn counters_of(&self, owner: OwnerId) -> Counters {
+        self.owned.get(owner.0 as usize).copied().unwrap_or_default()
     }
 
     pub fn num_waiting(&self) -> usize {
@@ -318,7 +326,7 @@ impl Scheduler {
     fn preempt(&mut self, index: usize) {
         let mut sequence = self.running.remove(index);
         self.release(&mut sequence);
-        self.counters.preemptions += 1;
+        self.count(sequence.owner, |counters| counters.preemptions += 1);
         let place = self.waiting.partition_point(|other| other.serial < sequence.serial);
         self.waiting.insert(place, sequence);
     }
@@ -326,8 +334,11 @@ impl Scheduler {
     /// Counts a sequence that is given up.
     fn forget(&mut self, sequence: &Sequence) {
         assert!(sequence.pages.is_empty(), "given up with pages");
-        self.counters.aborted += 1;
-        self.counters.aborted_tokens += sequence.num_prompt_tokens(sequence.seen_len, usize::MAX) as u64;
+        let num_unseen = sequence.num_prompt_tokens(sequence.seen_len, usize::MAX) as u64;
+        self.count(sequence.owner, |counters| {
+            counters.aborted += 1;
+            counters.aborted_tokens += num_unseen;
+        });
     }
 
     /// Pages that nobody else uses: the last ones of the page table.
@@ -350,11 +361,13 @@ impl Scheduler {
         let (first, end) = (sequence.computed_len, sequence.computed_len + chunk_len);
         let num_computed = sequence.num_prompt_tokens(first, end);
         sequence.num_computed += num_computed as u32;
-        self.counters.computed_tokens += num_computed as u64;
         let seen_end = end.min(sequence.seen_len);
         let num_recomputed = sequence.num_prompt_tokens(first, seen_end);
-        self.counters.recomputed_tokens += num_recomputed as u64;
-        self.counters.recomputed_output_tokens += (seen_end.saturating_sub(first) - num_recomputed) as u64;
+        self.count(sequence.owner, |counters| {
+            counters.computed_tokens += num_computed as u64;
+            counters.recomputed_tokens += num_recomputed as u64;
+            counters.recomputed_output_tokens += (seen_end.saturating_sub(first) - num_recomputed) as u64;
+        });
         sequence.computed_len = end;
         sequence.seen_len = sequence.seen_len.max(end);
         if !self.config.enable_prefix_cache {
@@ -395,6 +408,14 @@ impl Scheduler {
         sequence.num_shared_pages = 0;
         sequence.copied_end = 0;
         sequence.computed_len = 0;
+    }
+
+    /// Counts in the totals and for the owner.
+    fn count(&mut self, owner: OwnerId, change: impl Fn(&mut Counters)) {
+        let index = owner.0 as usize;
+        self.owned.resize_with(self.owned.len().max(index + 1), Counters::default);
+        change(&mut self.counters);
+        change(&mut self.owned[index]);
     }
 
     fn check_plan(&self) {

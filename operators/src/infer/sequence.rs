@@ -13,6 +13,10 @@ use tidemill_kernels::step::{PageId, SamplingParams};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
 
+/// Whose a sequence is; work is counted, and answer lengths are learned, for each owner. Small numbers from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OwnerId(pub u32);
+
 /// So many prompts that will be submitted later begin with the same `len` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedPrefix {
@@ -28,7 +32,8 @@ pub struct SequenceRequest {
     /// The answer ends here at the latest; at least 1.
     pub max_tokens: u32,
     pub sampling: SamplingParams,
-    /// The pipeline's step; how long answers become is learned for each.
+    pub owner: OwnerId,
+    /// The owner's step; how long answers become is learned for each.
     pub step: Arc<str>,
     /// Longer prefixes have fewer users. Empty if nothing is known; no answer depends on it.
     pub shared: Arc<[SharedPrefix]>,
@@ -37,7 +42,8 @@ pub struct SequenceRequest {
 impl SequenceRequest {
     /// A prompt of which nothing more is known.
     pub fn new(id: SequenceId, token_ids: Arc<[u32]>, max_tokens: u32, sampling: SamplingParams) -> Self {
-        Self { id, token_ids, max_tokens, sampling, step: "".into(), shared: Arc::default() }
+        let (owner, step, shared) = (OwnerId::default(), "".into(), Arc::default());
+        Self { id, token_ids, max_tokens, sampling, owner, step, shared }
     }
 }
 
@@ -89,6 +95,7 @@ pub struct Sequence {
     pub id: SequenceId,
     /// Place in the order of submission.
     pub serial: u64,
+    pub owner: OwnerId,
     pub step: Arc<str>,
     pub shared: Arc<[SharedPrefix]>,
     /// The prompt, then the answer so far.
@@ -121,6 +128,7 @@ impl Sequence {
         Self {
             id: request.id,
             serial,
+            owner: request.owner,
             step: Arc::clone(&request.step),
             shared: Arc::clone(&request.shared),
             token_ids: request.token_ids.to_vec(),

@@ -5,7 +5,6 @@
 //! then. Results and errors of an epoch are committed together, with the position where it ends.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -210,7 +209,7 @@ impl Writer {
         };
         if over {
             self.report.over_budget = true;
-            self.shared.stop.store(true, Ordering::Release);
+            self.shared.stop.set();
         }
     }
 }

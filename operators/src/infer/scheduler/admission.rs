@@ -4,6 +4,8 @@
 //! copy, from the prefix cache or from the page that a running sequence is filling. If a running sequence will soon
 //! have computed clearly more of it, the prompt waits for that instead of computing it twice.
 
+use std::sync::Arc;
+
 use tidemill_kernels::step::PageId;
 
 use super::super::forecast::{Footprint, peak_pages};
@@ -73,7 +75,7 @@ impl Scheduler {
         sequence.copy = reuse.copy;
         let num_reused = sequence.num_prompt_tokens(sequence.seen_len, end);
         sequence.num_reused += num_reused as u32;
-        self.counters.reused_tokens += num_reused as u64;
+        self.count(sequence.owner, |counters| counters.reused_tokens += num_reused as u64);
         sequence.num_shared_pages = num_pages;
         sequence.computed_len = end;
         sequence.seen_len = sequence.seen_len.max(end);
@@ -141,8 +143,8 @@ impl Scheduler {
 
     fn footprint(&self, sequence: &Sequence, num_pages: usize, num_own_pages: usize) -> Footprint {
         let (len, max_tokens) = (sequence.answer_len(), sequence.max_tokens);
-        let expected =
-            self.answer_lengths.get(&sequence.step).map(|lengths| lengths.remaining(len, max_tokens));
+        let lengths = self.answer_lengths.get(&(sequence.owner, Arc::clone(&sequence.step)));
+        let expected = lengths.map(|lengths| lengths.remaining(len, max_tokens));
         let remaining = expected.unwrap_or(max_tokens - len);
         Footprint { num_pages, num_own_pages, known_len: sequence.known_len(), remaining }
     }

@@ -14,7 +14,7 @@ fn check(config: EngineConfig, num_pages: u32, prompts: &[(&str, u32)], expect: 
 
 /// Lets a scheduler expect short answers, so that longer ones run out of pages.
 pub(in crate::infer) fn learn_short(scheduler: &mut Scheduler) {
-    (0..200).for_each(|_| scheduler.learn(&"".into(), 1));
+    (0..200).for_each(|_| scheduler.learn(OwnerId(0), &"".into(), 1));
 }
 
 fn optimist(config: EngineConfig, num_pages: u32) -> Scheduler {
