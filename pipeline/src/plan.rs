@@ -16,6 +16,7 @@ use tidemill_connectors::output::SinkSpec as SinkTarget;
 use tidemill_connectors::parquet::ParquetSource;
 use tidemill_connectors::source::{BatchLimits, Source, SourceError};
 use tidemill_kernels::step::SamplingParams;
+use tidemill_operators::infer::sequence::Priority;
 use tidemill_operators::template::Template;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
@@ -56,6 +57,8 @@ pub struct Plan {
     pub sink: SinkPlan,
     pub engine: EnginePlan,
     pub credit: CreditPlan,
+    /// Before which other pipelines its prompts go, where they share engines.
+    pub priority: Priority,
     /// What decides the output: two definitions with equal values may continue each other's work.
     pub fingerprint: Value,
 }
@@ -146,6 +149,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
         sink,
         engine,
         credit,
+        priority: spec.priority,
         fingerprint,
     };
     Ok(Checked { plan, source })

@@ -263,7 +263,7 @@ fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOption
         failure: failure.clone(),
         stop: stop.clone(),
         journal: journal.clone(),
-        work: Arc::new(WorkContext { journal, counters, failure, stop }),
+        work: Arc::new(WorkContext { priority: plan.priority, journal, counters, failure, stop }),
         epochs: Arc::new(EpochLog::default()),
         demands: plan
             .steps

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 pub use serde_saphyr::{Location, Spanned};
+use tidemill_operators::infer::sequence::Priority;
 
 /// A whole definition file.
 #[derive(Clone, Debug, Deserialize)]
@@ -24,6 +25,8 @@ pub struct Spec {
     pub engine: EngineSpec,
     #[serde(default)]
     pub credit: CreditSpec,
+    #[serde(default)]
+    pub priority: Priority,
 }
 
 #[derive(Clone, Debug, Deserialize)]

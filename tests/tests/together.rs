@@ -39,8 +39,8 @@ fn run(pipeline: &Pipeline, args: &[&str], names: &[&str]) -> Ran {
 fn pipelines_answer_together_as_they_do_alone() {
     let pipeline = folder();
     for (name, question, more) in [
-        ("first", "What?", ""),
-        ("second", "Why?", ""),
+        ("first", "What?", "priority: low\n"),
+        ("second", "Why?", "priority: high\n"),
         ("third", "What?", "engine: { max_num_seqs: 3, kv_cache_memory: 64KiB }\n"),
     ] {
         define(&pipeline, name, question, more);

@@ -19,7 +19,7 @@ use timely::scheduling::SyncActivator;
 
 use super::engine::{Engine, EngineStats};
 use super::scheduler;
-use super::sequence::{Finished, OwnerId, SequenceId, SequenceRequest, SharedPrefix};
+use super::sequence::{Finished, OwnerId, Priority, SequenceId, SequenceRequest, SharedPrefix};
 use super::{Failure, Stop};
 use crate::counters::Counters;
 use crate::document::{Generated, Lease};
@@ -94,6 +94,8 @@ impl EngineHandle {
 
 /// What belongs to a pipeline and goes with its work.
 pub struct WorkContext {
+    /// Of all its prompts, before those of other pipelines.
+    pub priority: Priority,
     pub journal: Option<Journal>,
     pub counters: Arc<Counters>,
     pub failure: Failure,
@@ -267,6 +269,7 @@ impl Driver {
             max_tokens: work.max_tokens,
             sampling: work.sampling,
             owner,
+            priority: work.context.priority,
             step: Arc::clone(&work.step),
             shared: Arc::clone(&work.shared),
         });

@@ -17,6 +17,21 @@ pub struct SequenceId(pub u64);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct OwnerId(pub u32);
 
+/// Who goes first; no answer depends on it. Within a priority the order of submission counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Priority {
+    High,
+    #[default]
+    Normal,
+    Low,
+}
+
+impl Priority {
+    /// The first to be served first.
+    pub const ALL: [Self; 3] = [Self::High, Self::Normal, Self::Low];
+}
+
 /// So many prompts that will be submitted later begin with the same `len` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedPrefix {
@@ -33,6 +48,7 @@ pub struct SequenceRequest {
     pub max_tokens: u32,
     pub sampling: SamplingParams,
     pub owner: OwnerId,
+    pub priority: Priority,
     /// The owner's step; how long answers become is learned for each.
     pub step: Arc<str>,
     /// Longer prefixes have fewer users. Empty if nothing is known; no answer depends on it.
@@ -42,8 +58,9 @@ pub struct SequenceRequest {
 impl SequenceRequest {
     /// A prompt of which nothing more is known.
     pub fn new(id: SequenceId, token_ids: Arc<[u32]>, max_tokens: u32, sampling: SamplingParams) -> Self {
-        let (owner, step, shared) = (OwnerId::default(), "".into(), Arc::default());
-        Self { id, token_ids, max_tokens, sampling, owner, step, shared }
+        let (owner, priority, step, shared) =
+            (OwnerId::default(), Priority::default(), "".into(), Arc::default());
+        Self { id, token_ids, max_tokens, sampling, owner, priority, step, shared }
     }
 }
 
@@ -96,6 +113,7 @@ pub struct Sequence {
     /// Place in the order of submission.
     pub serial: u64,
     pub owner: OwnerId,
+    pub priority: Priority,
     pub step: Arc<str>,
     pub shared: Arc<[SharedPrefix]>,
     /// The prompt, then the answer so far.
@@ -129,6 +147,7 @@ impl Sequence {
             id: request.id,
             serial,
             owner: request.owner,
+            priority: request.priority,
             step: Arc::clone(&request.step),
             shared: Arc::clone(&request.shared),
             token_ids: request.token_ids.to_vec(),
@@ -144,6 +163,11 @@ impl Sequence {
             num_computed: 0,
             num_reused: 0,
         }
+    }
+
+    /// Place in the waiting queue.
+    pub fn place(&self) -> (Priority, u64) {
+        (self.priority, self.serial)
     }
 
     /// Tokens known, computed or not.

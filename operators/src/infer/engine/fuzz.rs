@@ -10,7 +10,7 @@ use tidemill_kernels::step::SamplingParams;
 
 use super::super::page_pool::fuzz::Random;
 use super::super::scheduler::tests::learn_short;
-use super::super::sequence::{FinishReason, SharedPrefix};
+use super::super::sequence::{FinishReason, Priority, SharedPrefix};
 use super::tests::{VOCAB_SIZE, fake_model, naive_answer};
 use super::*;
 
@@ -61,7 +61,8 @@ fn workload(random: &mut Random) -> Vec<SequenceRequest> {
         let sampling = SamplingParams { temperature, seed: random.below(3) as u64, ..SamplingParams::GREEDY };
         let max_tokens = random.between(1, max_max_tokens) as u32;
         let request = SequenceRequest::new(SequenceId(id as u64), token_ids.into(), max_tokens, sampling);
-        requests.push(SequenceRequest { shared: hints(random, len), ..request });
+        let priority = *random.pick(&Priority::ALL);
+        requests.push(SequenceRequest { shared: hints(random, len), priority, ..request });
     }
     requests
 }

@@ -49,6 +49,7 @@ fn start() -> (Runner, EngineHandle) {
 
 fn context(handle: &EngineHandle, everyone: &Arc<AtomicBool>, journal: Option<Journal>) -> Arc<WorkContext> {
     Arc::new(WorkContext {
+        priority: Priority::default(),
         journal,
         counters: Arc::default(),
         failure: Failure::caused_by([handle.failure().clone()]),

@@ -16,6 +16,7 @@ const EOS: u32 = 0;
 struct Case {
     random: Random,
     scheduler: Scheduler,
+    has_priorities: bool,
     /// `[num_pages * page_size]`: the prefix that ends in this slot.
     slots: Vec<u64>,
     submitted: Vec<SequenceRequest>,
@@ -47,8 +48,10 @@ impl Case {
         if !random.one_in(4) {
             learn_short(&mut scheduler);
         }
+        let has_priorities = random.one_in(2);
         Self {
             random,
+            has_priorities,
             scheduler,
             slots: vec![0; num_pages * page_size],
             submitted: Vec::new(),
@@ -72,6 +75,8 @@ impl Case {
         let max_tokens = self.random.between(1, max_len - prompt_len) as u32;
         let id = SequenceId(self.submitted.len() as u64);
         let request = SequenceRequest::new(id, token_ids.into(), max_tokens, SamplingParams::GREEDY);
+        let priority = if self.has_priorities { *self.random.pick(&Priority::ALL) } else { Priority::Low };
+        let request = SequenceRequest { priority, ..request };
         self.scheduler.submit(&request);
         self.submitted.push(request);
     }
@@ -123,7 +128,8 @@ impl Case {
 
     /// Decodes come before prefills, which are served in order: only the last one served may be cut.
     fn check_plan(&mut self, batch: &StepBatch) {
-        let mut in_step = self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens);
+        let in_all = self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens);
+        let mut in_step = in_all.clone();
         let num_cut = in_step
             .clone()
             .filter(|(sequence, chunk_len)| **chunk_len > 0 && **chunk_len < sequence.uncomputed_len())
@@ -136,6 +142,11 @@ impl Case {
                 "a decode was left out"
             );
         }
+        // Whom the step leaves out while lower priorities are served has nothing to compute, or no room.
+        let served = |sequence: &(&Sequence, &usize)| *sequence.1 > 0;
+        let lowest = in_all.clone().filter(served).map(|(sequence, _)| sequence.priority).max();
+        assert!(in_all.filter(|one| !served(one)).all(|(sequence, _)| Some(sequence.priority) >= lowest));
+        assert!(self.scheduler.running.is_sorted_by_key(|sequence| sequence.priority));
         for sequence in &self.scheduler.running {
             if !self.started.contains(&sequence.id.0) {
                 self.started.push(sequence.id.0);
@@ -207,10 +218,12 @@ impl Case {
         assert_eq!(num_held + scheduler.pool.num_free(), scheduler.pool.num_pages());
     }
 
-    /// Nobody is overtaken but while waiting for a shared prefix, and then by few.
+    /// Nobody is overtaken by equals but while waiting for a shared prefix, and then by few.
     fn check_order(&self) {
+        let priority = |id: u64| self.submitted[id as usize].priority;
         for (place, &id) in self.started.iter().enumerate() {
-            let num_overtaken = self.started[place..].iter().filter(|&&other| other < id).count();
+            let is_overtaken = |&&other: &&u64| other < id && priority(other) == priority(id);
+            let num_overtaken = self.started[place..].iter().filter(is_overtaken).count();
             let limit = if self.scheduler.config.enable_prefix_cache { MAX_LOOKAHEAD } else { 0 };
             assert!(num_overtaken <= limit, "sequence {id} has overtaken {num_overtaken}");
         }
