@@ -113,25 +113,36 @@ impl Drop for Watch {
     }
 }
 
+/// A document whose answer is being made.
+struct OpenDocument {
+    epoch: Epoch,
+    /// The one that answers.
+    engine: u32,
+    tenant: Arc<str>,
+    /// Counted as in flight for the tenant.
+    tokens: u64,
+    document: Document,
+}
+
 /// Documents whose answers are being made.
 #[derive(Default)]
 struct Open {
-    /// By tag, with the engine that answers.
-    documents: BTreeMap<u64, (Epoch, u32, Document)>,
+    /// By tag.
+    documents: BTreeMap<u64, OpenDocument>,
     /// The capability of each epoch and how many of its documents are open.
     epochs: BTreeMap<Epoch, (Capability<Epoch>, usize)>,
     next_tag: u64,
 }
 
 impl Open {
-    fn insert(&mut self, epoch: Epoch, engine: u32, document: Document) -> u64 {
+    fn insert(&mut self, document: OpenDocument) -> u64 {
         let tag = self.next_tag;
         self.next_tag += 1;
-        self.documents.insert(tag, (epoch, engine, document));
+        self.documents.insert(tag, document);
         tag
     }
 
-    fn remove(&mut self, tag: u64) -> (Epoch, u32, Document) {
+    fn remove(&mut self, tag: u64) -> OpenDocument {
         self.documents.remove(&tag).expect("a tag is answered once")
     }
 }
@@ -168,8 +179,10 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     open.epochs.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
                     for prompt in prompts.drain(..) {
                         let lease = prompt.document.lease().clone();
-                        let tag = open.insert(epoch, prompt.engine, prompt.document);
-                        engines[prompt.engine as usize].submit(Work {
+                        let (engine, tokens) = (prompt.engine, prompt.cost());
+                        let (tenant, document) = (prompt.tenant, prompt.document);
+                        let tag = open.insert(OpenDocument { epoch, engine, tenant, tokens, document });
+                        engines[engine as usize].submit(Work {
                             tag,
                             key: prompt.key,
                             token_ids: prompt.token_ids,
@@ -184,10 +197,12 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     }
                 });
                 for (tag, reply) in mailbox.take() {
-                    let (epoch, engine, mut document) = open.remove(tag);
+                    let OpenDocument { epoch, engine, tenant, tokens, mut document } = open.remove(tag);
                     let (capability, count) = open.epochs.get_mut(&epoch).expect("open with its documents");
                     // An answer that was finished before the lease was revoked is not wanted either.
+                    let mut answer = None;
                     if let (Reply::Answer(generated), false) = (reply, document.lease().is_revoked()) {
+                        answer = Some((generated.prompt_len, generated.output_len));
                         document.results.insert(Arc::clone(&step), generated);
                         output.session(&*capability).give(document);
                     }
@@ -195,6 +210,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     if *count == 0 {
                         open.epochs.remove(&epoch);
                     }
+                    context.tenants.finished(&tenant, tokens, answer);
                     demand.finished(engine as usize);
                 }
             }

@@ -13,6 +13,7 @@ pub mod infer;
 pub mod journal;
 pub mod recall;
 pub mod template;
+pub mod tenants;
 pub mod tokenize;
 pub mod tokenizer;
 

@@ -17,6 +17,7 @@ use crate::document::{Document, ErrorKind, Payload, RecordError};
 use crate::infer::sequence::SharedPrefix;
 use crate::journal::JournalKey;
 use crate::template::Template;
+use crate::tenants;
 use crate::tokenizer::Tokenizer;
 
 /// A document, rendered and encoded for one step.
@@ -27,10 +28,19 @@ pub struct Prompt {
     pub max_tokens: u32,
     pub sampling: SamplingParams,
     pub key: JournalKey,
+    /// On whose behalf; empty if nobody is named.
+    pub tenant: Arc<str>,
     /// The engine that answers it; set by `group`.
     pub engine: u32,
     /// What prompts that come later for the same engine share with it; set by `group`.
     pub shared: Arc<[SharedPrefix]>,
+}
+
+impl Prompt {
+    /// The tokens that prompt and answer may take.
+    pub fn cost(&self) -> u64 {
+        self.token_ids.len() as u64 + u64::from(self.max_tokens)
+    }
 }
 
 /// What a model brings to the text side; shared by all steps.
@@ -54,6 +64,8 @@ pub struct PromptBuilder {
     pub max_tokens: u32,
     /// Its seed is mixed with the document's id unless the step is greedy.
     pub sampling: SamplingParams,
+    /// Names the tenant; without it there is one.
+    pub tenant: Option<Template>,
 }
 
 impl PromptBuilder {
@@ -65,12 +77,14 @@ impl PromptBuilder {
                 let key = JournalKey::new(&self.model.digest, &token_ids, self.max_tokens, &sampling);
                 let token_ids = token_ids.into();
                 let shared = Arc::default();
+                let tenant = self.tenant_of(&document);
                 Ok(Prompt {
                     document,
                     token_ids,
                     max_tokens: self.max_tokens,
                     sampling,
                     key,
+                    tenant,
                     engine: 0,
                     shared,
                 })
@@ -119,6 +133,12 @@ impl PromptBuilder {
             self.max_tokens
         );
         (ErrorKind::TooLong, message)
+    }
+
+    /// Who cannot be named is served with those that have no name: no document is refused for that.
+    fn tenant_of(&self, document: &Document) -> Arc<str> {
+        let rendered = self.tenant.as_ref().and_then(|template| template.render(document).ok());
+        tenants::name(&rendered.unwrap_or_default())
     }
 
     /// Greedy steps share one seed, so equal prompts share one answer.

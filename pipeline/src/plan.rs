@@ -5,6 +5,7 @@
 //! [`run`](crate::run), since checking must not fetch or write anything.
 
 pub mod device;
+mod tenants;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tidemill_connectors::source::{BatchLimits, Source, SourceError};
 use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::infer::sequence::Priority;
 use tidemill_operators::template::Template;
+use tidemill_operators::tenants::TenantPolicy;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
 use self::device::Devices;
@@ -59,6 +61,8 @@ pub struct Plan {
     pub credit: CreditPlan,
     /// Before which other pipelines its prompts go, where they share engines.
     pub priority: Priority,
+    /// `None` if the definition has no tenants; the template that names them is with each step.
+    pub tenants: Option<TenantPolicy>,
     /// What decides the output: two definitions with equal values may continue each other's work.
     pub fingerprint: Value,
 }
@@ -71,6 +75,8 @@ pub struct GeneratePlan {
     pub prompt: String,
     pub max_tokens: u32,
     pub sampling: SamplingParams,
+    /// Names the tenant; the same in all steps.
+    pub tenant: Option<String>,
     /// Names of earlier steps that the templates use.
     pub uses: Vec<String>,
 }
@@ -135,6 +141,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
     let (source, source_path) = source(definition, &credit)?;
     let input_schema = source.schema();
     let steps = steps(definition, &input_schema)?;
+    let tenants = tenants::tenants(definition, &input_schema)?;
     let sink = sink(definition)?;
     refuse_output_in_input(definition, &source_path, &sink)?;
     let fingerprint = fingerprint(definition, devices, &steps);
@@ -150,6 +157,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
         engine,
         credit,
         priority: spec.priority,
+        tenants,
         fingerprint,
     };
     Ok(Checked { plan, source })
@@ -177,6 +185,7 @@ impl GeneratePlan {
             prompt: compile(&self.prompt),
             max_tokens: self.max_tokens,
             sampling: self.sampling,
+            tenant: self.tenant.as_deref().map(compile),
         }
     }
 }
@@ -380,6 +389,7 @@ fn generate(
         })?
         .map_or(DEFAULT_MAX_TOKENS, |max_tokens| max_tokens as u32),
         sampling: sampling(definition, spec, key)?,
+        tenant: definition.spec.tenants.as_ref().map(|tenants| tenants.by.value.clone()),
         uses,
     })
 }

@@ -122,7 +122,12 @@ pub fn render<'scope>(
             shared.failure.clone(),
         );
         let limits = WindowLimits::new(shared.credit.documents as usize, shared.credit.bytes);
-        let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.counters));
+        let grouped = prompts.group(
+            Arc::clone(demand),
+            limits,
+            Arc::clone(&shared.counters),
+            Arc::clone(&shared.work.tenants),
+        );
         let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand), Arc::clone(&shared.work));
         documents = scope.concatenate([answered, inferred]);
         errors.push(refused);

@@ -18,6 +18,7 @@ use tidemill_operators::group::Demand;
 use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
 use tidemill_operators::infer::{Failure, Stop};
 use tidemill_operators::journal::{Journal, JournalError};
+use tidemill_operators::tenants::Tenants;
 use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::clock::Clock;
@@ -35,6 +36,8 @@ use engines::Lent;
 const PARK: Duration = Duration::from_millis(50);
 /// Prompts an engine has waiting, as a multiple of those it runs.
 const QUEUE_FACTOR: usize = 2;
+/// The share of those it runs, where there are tenants.
+const TENANTS_QUEUE_DIVISOR: usize = 4;
 const JOURNAL: &str = "journal.redb";
 
 /// What the command line adds to a plan.
@@ -210,7 +213,7 @@ impl Pipeline {
     ) -> Result<Outcome, RunError> {
         let Self { plan, source, output, before, journal } = self;
         let (journal_path, journal) = journal.unzip();
-        let shared = share(&plan, journal, &lent, options);
+        let shared = share(&plan, journal, &lent, options, clock);
         let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
         let rows = Rows::new(
             Arc::clone(&plan.input_schema),
@@ -253,8 +256,15 @@ fn open_output(
     Output::open(spec, &plan.fingerprint, source.inputs(), options.force)
 }
 
-fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOptions) -> Shared {
-    let target = plan.engine.max_num_seqs as usize * QUEUE_FACTOR;
+fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOptions, clock: Clock) -> Shared {
+    let max_num_seqs = plan.engine.max_num_seqs as usize;
+    // What an engine has in its queue stands before every tenant that comes later.
+    let target = match &plan.tenants {
+        Some(_) => max_num_seqs + max_num_seqs.div_ceil(TENANTS_QUEUE_DIVISOR),
+        None => max_num_seqs * QUEUE_FACTOR,
+    };
+    let policy = plan.tenants.clone().unwrap_or_default();
+    let tenants = Arc::new(Tenants::new(policy, move || clock.elapsed()));
     let counters = Arc::new(Counters::default());
     let failure = Failure::caused_by(lent.handles.iter().map(|engine| engine.failure().clone()));
     let stop = Stop::new(Arc::clone(&options.stop));
@@ -263,7 +273,7 @@ fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOption
         failure: failure.clone(),
         stop: stop.clone(),
         journal: journal.clone(),
-        work: Arc::new(WorkContext { priority: plan.priority, journal, counters, failure, stop }),
+        work: Arc::new(WorkContext { priority: plan.priority, journal, counters, tenants, failure, stop }),
         epochs: Arc::new(EpochLog::default()),
         demands: plan
             .steps

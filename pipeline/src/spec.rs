@@ -3,6 +3,7 @@
 //! Unknown keys and wrong types are refused here; whether a value makes sense is decided in
 //! [`plan`](crate::plan). Values that can be wrong later keep their place ([`Spanned`]).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +28,7 @@ pub struct Spec {
     pub credit: CreditSpec,
     #[serde(default)]
     pub priority: Priority,
+    pub tenants: Option<TenantsSpec>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -140,6 +142,18 @@ pub struct EngineSpec {
 pub struct CreditSpec {
     pub documents: Option<Spanned<u64>>,
     pub bytes: Option<Spanned<Bytes>>,
+}
+
+/// On whose behalf documents are processed.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantsSpec {
+    /// A template that names the tenant of a document.
+    pub by: Spanned<String>,
+    #[serde(default)]
+    pub weights: BTreeMap<String, Spanned<u32>>,
+    pub default_weight: Option<Spanned<u32>>,
+    pub max_tokens_in_flight: Option<Spanned<u64>>,
 }
 
 /// A size in bytes, written as `512MiB` or a plain number.

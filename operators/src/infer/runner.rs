@@ -24,6 +24,7 @@ use super::{Failure, Stop};
 use crate::counters::Counters;
 use crate::document::{Generated, Lease};
 use crate::journal::{Journal, JournalKey};
+use crate::tenants::Tenants;
 use crate::tokenize::TextModel;
 
 /// A prompt on its way to the engine, with where the answer goes.
@@ -98,6 +99,7 @@ pub struct WorkContext {
     pub priority: Priority,
     pub journal: Option<Journal>,
     pub counters: Arc<Counters>,
+    pub tenants: Arc<Tenants>,
     pub failure: Failure,
     pub stop: Stop,
 }

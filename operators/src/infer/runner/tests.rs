@@ -1,4 +1,5 @@
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use tidemill_kernels::models::{FakeConfig, FakeModel};
 use tidemill_kernels::step::{Model, ModelInfo, StepBatch, StepOutput};
@@ -7,6 +8,7 @@ use super::super::engine::EngineConfig;
 use super::super::sequence::FinishReason;
 use super::*;
 use crate::chat::ChatTemplate;
+use crate::tenants::TenantPolicy;
 use crate::tokenizer::Tokenizer;
 
 const MAX_TOKENS: u32 = 40;
@@ -52,6 +54,7 @@ fn context(handle: &EngineHandle, everyone: &Arc<AtomicBool>, journal: Option<Jo
         priority: Priority::default(),
         journal,
         counters: Arc::default(),
+        tenants: Arc::new(Tenants::new(TenantPolicy::default(), || Duration::ZERO)),
         failure: Failure::caused_by([handle.failure().clone()]),
         stop: Stop::new(Arc::clone(everyone)),
     })
