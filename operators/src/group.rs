@@ -24,7 +24,7 @@ use timely::scheduling::SyncActivator;
 
 use crate::Epoch;
 use crate::counters::Counters;
-use crate::tenants::Tenants;
+use crate::infer::runner::WorkContext;
 use crate::tokenize::Prompt;
 use distinct::DistinctTokens;
 use fair::FairWindow;
@@ -79,8 +79,7 @@ pub trait Group<'scope> {
         self,
         demand: Arc<Demand>,
         limits: WindowLimits,
-        counters: Arc<Counters>,
-        tenants: Arc<Tenants>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Prompt>;
 }
 
@@ -89,9 +88,9 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
         self,
         demand: Arc<Demand>,
         limits: WindowLimits,
-        counters: Arc<Counters>,
-        tenants: Arc<Tenants>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Prompt> {
+        let (counters, tenants) = (Arc::clone(&context.counters), Arc::clone(&context.tenants));
         let wake = self.scope().worker();
         let worker_index = wake.index();
         let to_first = Exchange::new(|_: &Prompt| 0);

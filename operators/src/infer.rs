@@ -7,6 +7,7 @@
 
 pub mod engine;
 pub mod forecast;
+pub mod load;
 pub mod page_pool;
 pub mod prefix_cache;
 pub mod runner;
@@ -210,6 +211,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     if *count == 0 {
                         open.epochs.remove(&epoch);
                     }
+                    context.tokens.finish(epoch, tokens);
                     context.tenants.finished(&tenant, tokens, answer);
                     demand.finished(engine as usize);
                 }

@@ -9,6 +9,7 @@ pub mod chat;
 pub mod counters;
 pub mod document;
 pub mod group;
+pub mod in_flight;
 pub mod infer;
 pub mod journal;
 pub mod recall;

@@ -8,12 +8,16 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tidemill_kernels::step::SamplingParams;
+use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
-use timely::dataflow::operators::core::{Filter, OkErr};
+use timely::dataflow::channels::pact::Pipeline;
+use timely::dataflow::operators::generic::OutputBuilder;
+use timely::dataflow::operators::generic::builder_rc::OperatorBuilder;
 
 use crate::Epoch;
 use crate::chat::ChatTemplate;
 use crate::document::{Document, ErrorKind, Payload, RecordError};
+use crate::in_flight::TokensInFlight;
 use crate::infer::sequence::SharedPrefix;
 use crate::journal::JournalKey;
 use crate::template::Template;
@@ -159,10 +163,11 @@ impl PromptBuilder {
 /// Extension trait of document streams.
 pub trait Tokenize<'scope> {
     /// Encodes each document as a prompt; those that cannot be go to the second stream, and those whose lease is revoked
-    /// to none.
+    /// to none. What the prompts take is added to the tokens in flight.
     fn tokenize(
         self,
         builder: PromptBuilder,
+        tokens: Arc<TokensInFlight>,
     ) -> (StreamVec<'scope, Epoch, Prompt>, StreamVec<'scope, Epoch, RecordError>);
 }
 
@@ -170,7 +175,40 @@ impl<'scope> Tokenize<'scope> for StreamVec<'scope, Epoch, Document> {
     fn tokenize(
         self,
         builder: PromptBuilder,
+        tokens: Arc<TokensInFlight>,
     ) -> (StreamVec<'scope, Epoch, Prompt>, StreamVec<'scope, Epoch, RecordError>) {
-        self.filter(|document| !document.lease().is_revoked()).ok_err(move |document| builder.build(document))
+        let mut operator = OperatorBuilder::new("Tokenize".to_owned(), self.scope());
+        let mut input = operator.new_input(self, Pipeline);
+        let (prompts, prompt_stream) = operator.new_output();
+        let (errors, error_stream) = operator.new_output();
+        let mut prompts = OutputBuilder::<Epoch, CapacityContainerBuilder<Vec<Prompt>>>::from(prompts);
+        let mut errors = OutputBuilder::<Epoch, CapacityContainerBuilder<Vec<RecordError>>>::from(errors);
+        operator.build(move |_| {
+            move |_| {
+                let (mut prompts, mut errors) = (prompts.activate(), errors.activate());
+                input.for_each(|capability, documents| {
+                    // Errors leave by the second output, so both need the time.
+                    let (Some(of_prompts), Some(of_errors)) =
+                        (capability.retain_least(0), capability.retain_least(1))
+                    else {
+                        return;
+                    };
+                    let mut prompts = prompts.session(&of_prompts);
+                    let mut errors = errors.session(&of_errors);
+                    let mut num_tokens = 0;
+                    for document in documents.drain(..).filter(|document| !document.lease().is_revoked()) {
+                        match builder.build(document) {
+                            Ok(prompt) => {
+                                num_tokens += prompt.cost();
+                                prompts.give(prompt);
+                            }
+                            Err(error) => errors.give(error),
+                        }
+                    }
+                    tokens.add(*of_prompts.time(), num_tokens);
+                });
+            }
+        });
+        (prompt_stream, error_stream)
     }
 }

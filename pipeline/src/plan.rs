@@ -114,6 +114,8 @@ impl Default for EnginePlan {
 pub struct CreditPlan {
     pub documents: u64,
     pub bytes: u64,
+    /// Of prompts and answers; by default the KV cache decides.
+    pub tokens: Option<u64>,
 }
 
 /// A plan and the source it was checked against, at its first row.
@@ -224,6 +226,7 @@ fn credit(definition: &Definition) -> Result<CreditPlan> {
     Ok(CreditPlan {
         documents: documents.unwrap_or(DEFAULT_CREDIT_DOCUMENTS),
         bytes: bytes.unwrap_or(DEFAULT_CREDIT_BYTES),
+        tokens: at_least(definition, spec.tokens.as_ref(), 1, "credit.tokens", |tokens| *tokens)?,
     })
 }
 

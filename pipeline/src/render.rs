@@ -23,6 +23,7 @@ use tidemill_operators::counters::Counters;
 use tidemill_operators::document::{Document, RecordError};
 use tidemill_operators::group::window::WindowLimits;
 use tidemill_operators::group::{Demand, Group};
+use tidemill_operators::infer::load::EngineLoad;
 use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
 use tidemill_operators::infer::{Failure, Infer, Stop};
 use tidemill_operators::journal::Journal;
@@ -51,6 +52,8 @@ pub struct Shared {
     /// By step.
     pub demands: Vec<Arc<Demand>>,
     pub credit: CreditPlan,
+    /// Of the engines.
+    pub loads: Vec<Arc<EngineLoad>>,
 }
 
 impl Shared {
@@ -114,7 +117,7 @@ pub fn render<'scope>(
     let mut errors = vec![rejected];
     for (builder, demand) in builders.into_iter().zip(&shared.demands) {
         let step = Arc::clone(&builder.step);
-        let (prompts, refused) = documents.tokenize(builder);
+        let (prompts, refused) = documents.tokenize(builder, Arc::clone(&shared.work.tokens));
         let (prompts, answered) = prompts.recall(
             Arc::clone(&step),
             shared.journal.clone(),
@@ -122,12 +125,7 @@ pub fn render<'scope>(
             shared.failure.clone(),
         );
         let limits = WindowLimits::new(shared.credit.documents as usize, shared.credit.bytes);
-        let grouped = prompts.group(
-            Arc::clone(demand),
-            limits,
-            Arc::clone(&shared.counters),
-            Arc::clone(&shared.work.tenants),
-        );
+        let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.work));
         let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand), Arc::clone(&shared.work));
         documents = scope.concatenate([answered, inferred]);
         errors.push(refused);

@@ -273,7 +273,15 @@ fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOption
         failure: failure.clone(),
         stop: stop.clone(),
         journal: journal.clone(),
-        work: Arc::new(WorkContext { priority: plan.priority, journal, counters, tenants, failure, stop }),
+        work: Arc::new(WorkContext {
+            priority: plan.priority,
+            journal,
+            counters,
+            tenants,
+            tokens: Arc::default(),
+            failure,
+            stop,
+        }),
         epochs: Arc::new(EpochLog::default()),
         demands: plan
             .steps
@@ -281,6 +289,7 @@ fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOption
             .map(|_| Arc::new(Demand::new(plan.devices.num_engines(), target)))
             .collect(),
         credit: plan.credit,
+        loads: lent.handles.iter().map(|engine| Arc::clone(engine.load())).collect(),
     }
 }
 
@@ -288,7 +297,7 @@ fn conclude(shared: &Shared, report: SinkReport, clock: Clock) -> Result<Outcome
     if let Some(message) = shared.failure.get() {
         return Err(RunError::Failed(message));
     }
-    let summary = Summary::new(&shared.counters, clock.elapsed());
+    let summary = Summary::new(&shared.counters, shared.work.tokens.peak(), clock.elapsed());
     Ok(if report.over_budget {
         let total = report.rows + report.errors;
         Outcome::OverBudget { summary, errors: report.errors, total }

@@ -142,6 +142,7 @@ pub struct EngineSpec {
 pub struct CreditSpec {
     pub documents: Option<Spanned<u64>>,
     pub bytes: Option<Spanned<Bytes>>,
+    pub tokens: Option<Spanned<u64>>,
 }
 
 /// On whose behalf documents are processed.

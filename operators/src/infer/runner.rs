@@ -18,11 +18,13 @@ use tidemill_kernels::step::{SamplingParams, StepError};
 use timely::scheduling::SyncActivator;
 
 use super::engine::{Engine, EngineStats};
+use super::load::EngineLoad;
 use super::scheduler;
 use super::sequence::{Finished, OwnerId, Priority, SequenceId, SequenceRequest, SharedPrefix};
 use super::{Failure, Stop};
 use crate::counters::Counters;
 use crate::document::{Generated, Lease};
+use crate::in_flight::TokensInFlight;
 use crate::journal::{Journal, JournalKey};
 use crate::tenants::Tenants;
 use crate::tokenize::TextModel;
@@ -41,6 +43,13 @@ pub struct Work {
     pub lease: Lease,
     pub context: Arc<WorkContext>,
     pub reply: Arc<Mailbox>,
+}
+
+impl Work {
+    /// Of prompt and answer, in tokens.
+    fn max_len(&self) -> u64 {
+        self.token_ids.len() as u64 + u64::from(self.max_tokens)
+    }
 }
 
 /// What an operator is told of its work.
@@ -79,6 +88,7 @@ impl Mailbox {
 pub struct EngineHandle {
     work: Sender<Work>,
     failure: Failure,
+    load: Arc<EngineLoad>,
 }
 
 impl EngineHandle {
@@ -91,6 +101,11 @@ impl EngineHandle {
     pub fn failure(&self) -> &Failure {
         &self.failure
     }
+
+    /// How busy the engine is.
+    pub fn load(&self) -> &Arc<EngineLoad> {
+        &self.load
+    }
 }
 
 /// What belongs to a pipeline and goes with its work.
@@ -100,6 +115,7 @@ pub struct WorkContext {
     pub journal: Option<Journal>,
     pub counters: Arc<Counters>,
     pub tenants: Arc<Tenants>,
+    pub tokens: Arc<TokensInFlight>,
     pub failure: Failure,
     pub stop: Stop,
 }
@@ -121,6 +137,8 @@ impl Runner {
     /// Starts both threads.
     pub fn start(engine: Engine, text: Arc<TextModel>) -> std::io::Result<(Self, EngineHandle)> {
         let failure = Failure::default();
+        let load = Arc::new(EngineLoad::default());
+        load.update(&engine, 0);
         let (work, queue) = channel();
         let (done, answers) = channel();
         let watched = failure.clone();
@@ -128,7 +146,7 @@ impl Runner {
             let _watch = watched.watch("journal");
             write_journals(&answers);
         })?;
-        let watched = failure.clone();
+        let (watched, engine_load) = (failure.clone(), Arc::clone(&load));
         let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
             let _watch = watched.watch("engine");
             let mut driver = Driver {
@@ -137,6 +155,8 @@ impl Runner {
                 failure: watched.clone(),
                 owners: Vec::new(),
                 open: BTreeMap::new(),
+                open_tokens: 0,
+                load: engine_load,
                 next_id: 0,
                 done,
             };
@@ -145,7 +165,7 @@ impl Runner {
             }
             driver.engine.stats()
         })?;
-        Ok((Self { engine, journal }, EngineHandle { work, failure }))
+        Ok((Self { engine, journal }, EngineHandle { work, failure, load }))
     }
 
     /// Waits for both threads; all handles must be dropped before.
@@ -180,6 +200,9 @@ struct Driver {
     /// Indexed by owner; they stay as long as the engine, and there are as many as pipelines.
     owners: Vec<Owner>,
     open: BTreeMap<SequenceId, Work>,
+    /// Of the open works.
+    open_tokens: u64,
+    load: Arc<EngineLoad>,
     next_id: u64,
     done: Sender<Answer>,
 }
@@ -213,6 +236,7 @@ impl Driver {
             for finished in finished {
                 self.finish(finished);
             }
+            self.load.update(&self.engine, self.open_tokens);
         }
     }
 
@@ -222,6 +246,7 @@ impl Driver {
         for (id, work) in self.open.extract_if(.., |_, work| is_canceled(work)) {
             let is_known = self.engine.abort(id);
             assert!(is_known, "an open work is not in the engine");
+            self.open_tokens -= work.max_len();
             // Without a reply an epoch never closes: what a pipeline that is over leaves undone must not look done.
             if work.lease.is_revoked() {
                 work.reply.put(work.tag, Reply::Canceled);
@@ -276,13 +301,17 @@ impl Driver {
             shared: Arc::clone(&work.shared),
         });
         match submitted {
-            Ok(()) => drop(self.open.insert(id, work)),
+            Ok(()) => {
+                self.open_tokens += work.max_len();
+                self.open.insert(id, work);
+            }
             Err(error) => work.context.failure.fail(&WorkError::from(error)),
         }
     }
 
     fn finish(&mut self, finished: Finished) {
         let work = self.open.remove(&finished.id).expect("the engine answers what it was asked");
+        self.open_tokens -= work.max_len();
         let text = match self.text.tokenizer.decode(&finished.token_ids) {
             Ok(text) => text,
             Err(error) => return work.context.failure.fail(&WorkError::from(error)),

@@ -1,4 +1,4 @@
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tidemill_kernels::models::{FakeConfig, FakeModel};
@@ -54,6 +54,7 @@ fn context(handle: &EngineHandle, everyone: &Arc<AtomicBool>, journal: Option<Jo
         priority: Priority::default(),
         journal,
         counters: Arc::default(),
+        tokens: Arc::default(),
         tenants: Arc::new(Tenants::new(TenantPolicy::default(), || Duration::ZERO)),
         failure: Failure::caused_by([handle.failure().clone()]),
         stop: Stop::new(Arc::clone(everyone)),
@@ -139,9 +140,13 @@ fn what_is_canceled_leaves_the_engine_and_the_rest_is_answered() {
             let lease = if tag % 4 == 1 { revoked.clone() } else { Lease::default() };
             handle.submit(Work { lease, ..work(tag, context, mailbox) });
         }
+        let load = Arc::clone(handle.load());
         drop(handle);
         let stats = runner.join();
         assert_eq!((stats.finished, stats.aborted, stats.kv_pages_in_use), (6, 18, 0));
+        let get = |gauge: &AtomicU64| gauge.load(Ordering::Relaxed);
+        let open = [&load.running, &load.waiting, &load.open_tokens, &load.kv_pages_in_use].map(get);
+        assert_eq!((open, get(&load.steps), load.kv_tokens_free()), ([0; 4], stats.steps, 256));
         assert_eq!(going.failure.get(), None);
     });
     let (canceled, answered): (Vec<_>, Vec<_>) =
