@@ -17,7 +17,7 @@ use timely::dataflow::channels::pushers::exchange::Distributor;
 use timely::dataflow::channels::{ContainerBytes, Message};
 use timely::progress::Stamp;
 
-use crate::document::{Document, DocumentId, RecordError};
+use crate::document::{Document, DocumentId, Lease, RecordError};
 
 /// Rows of one input and the rows next to them that could not be read.
 #[derive(Clone, Debug, Default)]
@@ -25,22 +25,25 @@ pub struct Batch {
     rows: Option<Arc<RecordBatch>>,
     ids: Vec<DocumentId>,
     rejected: Vec<RecordError>,
+    /// Of the documents; what was rejected needs none.
+    lease: Lease,
 }
 
 impl Batch {
-    /// One id a row.
-    pub fn new(rows: RecordBatch, ids: Vec<DocumentId>, rejected: Vec<RecordError>) -> Self {
+    /// One id a row. The documents share the lease.
+    pub fn new(rows: RecordBatch, ids: Vec<DocumentId>, rejected: Vec<RecordError>, lease: Lease) -> Self {
         assert_eq!(rows.num_rows(), ids.len(), "one id a row");
-        Self { rows: Some(Arc::new(rows)), ids, rejected }
+        Self { rows: Some(Arc::new(rows)), ids, rejected, lease }
     }
 
     /// Takes the batch apart, leaving it empty.
     pub fn drain(&mut self) -> impl Iterator<Item = Result<Document, RecordError>> + use<> {
         let rows = self.rows.take();
         let ids = std::mem::take(&mut self.ids);
+        let lease = std::mem::take(&mut self.lease);
         let documents = ids.into_iter().enumerate().map(move |(index, id)| {
             let rows = rows.as_ref().expect("ids come with their rows");
-            Ok(Document::new(id, Arc::clone(rows), index))
+            Ok(Document::new(id, Arc::clone(rows), index, lease.clone()))
         });
         documents.chain(std::mem::take(&mut self.rejected).into_iter().map(Err))
     }
@@ -82,7 +85,7 @@ impl ContainerBytes for Batch {
         let (ids, rejected, rows): (Vec<DocumentId>, Vec<RecordError>, Option<Vec<u8>>) =
             serde_json::from_slice(&bytes[..len]).expect("a peer of the same version wrote this");
         let rows = rows.map(|rows| Arc::new(read_ipc(&rows).expect("a peer of the same version wrote this")));
-        Self { rows, ids, rejected }
+        Self { rows, ids, rejected, lease: Lease::default() }
     }
 
     fn length_in_bytes(&self) -> usize {
@@ -141,7 +144,7 @@ mod tests {
         ])
         .unwrap();
         let ids = vec![DocumentId { file: 0, row: 4 }, DocumentId { file: 0, row: 6 }];
-        let mut batch = Batch::new(rows.clone(), ids.clone(), vec![]);
+        let mut batch = Batch::new(rows.clone(), ids.clone(), vec![], Lease::default());
         let mut bytes = Vec::new();
         batch.into_bytes(&mut bytes);
         assert_eq!(bytes.len(), batch.length_in_bytes());

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -26,6 +27,28 @@ impl fmt::Display for DocumentId {
     }
 }
 
+/// The right to go on with documents. Whoever handed them out may take it back: work on them is then canceled, and
+/// none of them is emitted any more. The default is held for ever.
+#[derive(Clone, Debug, Default)]
+pub struct Lease(Arc<AtomicBool>);
+
+impl Lease {
+    pub fn revoke(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    pub fn is_revoked(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl From<Arc<AtomicBool>> for Lease {
+    /// Revoked when the flag is set.
+    fn from(revoked: Arc<AtomicBool>) -> Self {
+        Self(revoked)
+    }
+}
+
 /// What one `generate` step made of a document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Generated {
@@ -41,15 +64,16 @@ pub struct Document {
     pub id: DocumentId,
     batch: Arc<RecordBatch>,
     index: usize,
+    lease: Lease,
     /// By step name.
     pub results: BTreeMap<Arc<str>, Generated>,
 }
 
 impl Document {
     /// Row `index` of `batch`.
-    pub fn new(id: DocumentId, batch: Arc<RecordBatch>, index: usize) -> Self {
+    pub fn new(id: DocumentId, batch: Arc<RecordBatch>, index: usize, lease: Lease) -> Self {
         assert!(index < batch.num_rows(), "row {index} is beyond the batch");
-        Self { id, batch, index, results: BTreeMap::new() }
+        Self { id, batch, index, lease, results: BTreeMap::new() }
     }
 
     pub fn batch(&self) -> &Arc<RecordBatch> {
@@ -59,9 +83,13 @@ impl Document {
     pub fn index(&self) -> usize {
         self.index
     }
+
+    pub fn lease(&self) -> &Lease {
+        &self.lease
+    }
 }
 
-/// A document between processes: its one row as Arrow IPC.
+/// A document between processes: its one row as Arrow IPC. A lease is of one process, so it arrives with one of its own.
 #[derive(Serialize, Deserialize)]
 struct Wire {
     id: DocumentId,
@@ -85,7 +113,7 @@ impl<'de> Deserialize<'de> for Document {
             return Err(serde::de::Error::custom("a document must be one row"));
         }
         let results = wire.results.into_iter().map(|(name, value)| (name.into(), value)).collect();
-        Ok(Self { id: wire.id, batch: Arc::new(batch), index: 0, results })
+        Ok(Self { id: wire.id, batch: Arc::new(batch), index: 0, lease: Lease::default(), results })
     }
 }
 

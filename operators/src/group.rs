@@ -3,16 +3,18 @@
 //! One worker sees the whole window, so equal prefixes meet wherever they were tokenized, and it routes each to
 //! one of the engines, however many workers there are. Nothing waits for the window to fill: prompts leave while an
 //! engine has room ([`Demand`]), and those that arrive meanwhile take their place in the order at once. Each prompt
-//! tells its engine how many later ones share its prefixes, so that the engine keeps what is still needed. The order
-//! itself is in [`window`] and [`tree`]; pages and cached prefixes are the engine's business.
+//! tells its engine how many later ones share its prefixes, so that the engine keeps what is still needed. A document
+//! whose lease is revoked is dropped where it would leave. Tenants take turns ([`fair`]). The order within a tenant is in [`window`] and [`tree`]; pages and cached prefixes are the engine's business.
 
 pub mod distinct;
+pub mod fair;
 pub mod tree;
 pub mod window;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
@@ -22,9 +24,11 @@ use timely::scheduling::SyncActivator;
 
 use crate::Epoch;
 use crate::counters::Counters;
+use crate::infer::runner::WorkContext;
 use crate::tokenize::Prompt;
 use distinct::DistinctTokens;
-use window::{Window, WindowLimits};
+use fair::FairWindow;
+use window::WindowLimits;
 
 /// How many prompts each engine has, and how many it wants.
 ///
@@ -70,12 +74,12 @@ impl Demand {
 
 /// Extension trait of prompt streams.
 pub trait Group<'scope> {
-    /// Orders prompts by shared prefix and size and hands each to an engine.
+    /// Orders prompts by tenant, shared prefix and size and hands each to an engine.
     fn group(
         self,
         demand: Arc<Demand>,
         limits: WindowLimits,
-        counters: Arc<Counters>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Prompt>;
 }
 
@@ -84,8 +88,9 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
         self,
         demand: Arc<Demand>,
         limits: WindowLimits,
-        counters: Arc<Counters>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Prompt> {
+        let (counters, tenants) = (Arc::clone(&context.counters), Arc::clone(&context.tenants));
         let wake = self.scope().worker();
         let worker_index = wake.index();
         let to_first = Exchange::new(|_: &Prompt| 0);
@@ -94,8 +99,10 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
             if worker_index == 0 {
                 // Set once: a second dataflow over the same demand would be a bug of the renderer.
                 demand.group.set(wake.sync_activator_for(info.address.to_vec())).expect("one group a demand");
+                tenants.wake_on_finished(wake.sync_activator_for(info.address.to_vec()));
             }
-            let mut window: Window<(Epoch, Prompt)> = Window::new(num_engines, limits);
+            let mut window: FairWindow<(Epoch, Duration, Prompt)> =
+                FairWindow::new(num_engines, limits, tenants.policy().clone());
             // Only the first worker has prompts to count.
             let mut distinct: Option<DistinctTokens> = None;
             let mut held: BTreeMap<Epoch, (Capability<Epoch>, usize)> = BTreeMap::new();
@@ -108,20 +115,29 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     let before = distinct.estimate();
                     for prompt in prompts.drain(..) {
                         distinct.insert(&prompt.token_ids);
-                        window.insert(Arc::clone(&prompt.token_ids), (epoch, prompt));
+                        let (tenant, token_ids) = (Arc::clone(&prompt.tenant), Arc::clone(&prompt.token_ids));
+                        let arrived = tenants.arrived(&tenant);
+                        window.insert(&tenant, prompt.cost(), token_ids, (epoch, arrived, prompt));
                     }
                     Counters::add(&counters.distinct_tokens, distinct.estimate().saturating_sub(before));
                 });
                 for engine in 0..num_engines {
                     while !window.is_empty() && demand.take(engine) {
-                        let Some(((epoch, mut prompt), shared)) = window.next_for(engine) else {
+                        let next = window.next_for(engine, |tenant| tenants.may_run(tenant));
+                        let Some(((epoch, arrived, mut prompt), shared)) = next else {
                             demand.give_back(engine);
                             break;
                         };
-                        prompt.engine = engine as u32;
-                        prompt.shared = shared.into();
                         let (capability, count) = held.get_mut(&epoch).expect("held with its first prompt");
-                        output.session(&*capability).give(prompt);
+                        if prompt.document.lease().is_revoked() {
+                            demand.give_back(engine);
+                            tenants.dropped(&prompt.tenant);
+                        } else {
+                            tenants.handed_out(&prompt.tenant, prompt.cost(), arrived);
+                            prompt.engine = engine as u32;
+                            prompt.shared = shared.into();
+                            output.session(&*capability).give(prompt);
+                        }
                         *count -= 1;
                         if *count == 0 {
                             held.remove(&epoch);

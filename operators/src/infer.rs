@@ -2,10 +2,12 @@
 //!
 //! The operator never blocks and never computes: it hands prompts to a [`runner`] and is woken when answers
 //! are in its mailbox. It keeps one capability an open epoch and drops it with the epoch's last answer, so
-//! the frontier passes an epoch exactly when all its documents are done.
+//! the frontier passes an epoch exactly when all its documents are done. A document whose lease is revoked is done
+//! without an answer: it leaves nothing but its place.
 
 pub mod engine;
 pub mod forecast;
+pub mod load;
 pub mod page_pool;
 pub mod prefix_cache;
 pub mod runner;
@@ -13,6 +15,7 @@ pub mod scheduler;
 pub mod sequence;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use timely::container::CapacityContainerBuilder;
@@ -24,15 +27,24 @@ use crate::Epoch;
 use crate::document::Document;
 use crate::group::Demand;
 use crate::tokenize::Prompt;
-use runner::{EngineHandle, Mailbox, Work};
+use runner::{EngineHandle, Mailbox, Reply, Work, WorkContext};
 
 /// Where operators and their threads report that the world is broken; the first report stands.
 #[derive(Clone, Debug, Default)]
 pub struct Failure {
     message: Arc<Mutex<Option<String>>>,
+    /// Set after the message, so that asking whether there is one costs no lock.
+    is_reported: Arc<AtomicBool>,
+    /// What fails, this fails with.
+    causes: Arc<[Failure]>,
 }
 
 impl Failure {
+    /// A failure of its own that includes those of others: of the engines that a pipeline shares, for one.
+    pub fn caused_by(causes: impl IntoIterator<Item = Self>) -> Self {
+        Self { causes: causes.into_iter().collect(), ..Self::default() }
+    }
+
     /// Reports an error with its causes.
     pub fn fail(&self, error: &dyn std::error::Error) {
         let mut message = error.to_string();
@@ -43,6 +55,7 @@ impl Failure {
             cause = error.source();
         }
         self.message.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+        self.is_reported.store(true, Ordering::Release);
     }
 
     /// Reports a panic of the thread that drops it, so that nobody waits for that thread.
@@ -50,8 +63,35 @@ impl Failure {
         Watch { failure: self.clone(), thread }
     }
 
+    pub fn is_reported(&self) -> bool {
+        self.is_reported.load(Ordering::Acquire) || self.causes.iter().any(Self::is_reported)
+    }
+
     pub fn get(&self) -> Option<String> {
-        self.message.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let own = self.message.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        own.or_else(|| self.causes.iter().find_map(Self::get))
+    }
+}
+
+/// Asks one pipeline to end without finishing what is open, or all pipelines that share `everyone`.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    own: Arc<AtomicBool>,
+    everyone: Arc<AtomicBool>,
+}
+
+impl Stop {
+    pub fn new(everyone: Arc<AtomicBool>) -> Self {
+        Self { own: Arc::default(), everyone }
+    }
+
+    /// Ends this pipeline and no other.
+    pub fn set(&self) {
+        self.own.store(true, Ordering::Release);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.own.load(Ordering::Acquire) || self.everyone.load(Ordering::Acquire)
     }
 }
 
@@ -74,25 +114,36 @@ impl Drop for Watch {
     }
 }
 
+/// A document whose answer is being made.
+struct OpenDocument {
+    epoch: Epoch,
+    /// The one that answers.
+    engine: u32,
+    tenant: Arc<str>,
+    /// Counted as in flight for the tenant.
+    tokens: u64,
+    document: Document,
+}
+
 /// Documents whose answers are being made.
 #[derive(Default)]
 struct Open {
-    /// By tag, with the engine that answers.
-    documents: BTreeMap<u64, (Epoch, u32, Document)>,
+    /// By tag.
+    documents: BTreeMap<u64, OpenDocument>,
     /// The capability of each epoch and how many of its documents are open.
     epochs: BTreeMap<Epoch, (Capability<Epoch>, usize)>,
     next_tag: u64,
 }
 
 impl Open {
-    fn insert(&mut self, epoch: Epoch, engine: u32, document: Document) -> u64 {
+    fn insert(&mut self, document: OpenDocument) -> u64 {
         let tag = self.next_tag;
         self.next_tag += 1;
-        self.documents.insert(tag, (epoch, engine, document));
+        self.documents.insert(tag, document);
         tag
     }
 
-    fn remove(&mut self, tag: u64) -> (Epoch, u32, Document) {
+    fn remove(&mut self, tag: u64) -> OpenDocument {
         self.documents.remove(&tag).expect("a tag is answered once")
     }
 }
@@ -105,6 +156,7 @@ pub trait Infer<'scope> {
         step: Arc<str>,
         engines: Vec<EngineHandle>,
         demand: Arc<Demand>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Document>;
 }
 
@@ -114,6 +166,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
         step: Arc<str>,
         engines: Vec<EngineHandle>,
         demand: Arc<Demand>,
+        context: Arc<WorkContext>,
     ) -> StreamVec<'scope, Epoch, Document> {
         let worker = self.scope().worker();
         let assigned = Exchange::new(|prompt: &Prompt| u64::from(prompt.engine));
@@ -126,8 +179,11 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     let epoch = *capability.time();
                     open.epochs.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
                     for prompt in prompts.drain(..) {
-                        let tag = open.insert(epoch, prompt.engine, prompt.document);
-                        engines[prompt.engine as usize].submit(Work {
+                        let lease = prompt.document.lease().clone();
+                        let (engine, tokens) = (prompt.engine, prompt.cost());
+                        let (tenant, document) = (prompt.tenant, prompt.document);
+                        let tag = open.insert(OpenDocument { epoch, engine, tenant, tokens, document });
+                        engines[engine as usize].submit(Work {
                             tag,
                             key: prompt.key,
                             token_ids: prompt.token_ids,
@@ -135,19 +191,28 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                             sampling: prompt.sampling,
                             step: Arc::clone(&step),
                             shared: prompt.shared,
+                            lease,
+                            context: Arc::clone(&context),
                             reply: Arc::clone(&mailbox),
                         });
                     }
                 });
-                for (tag, generated) in mailbox.take() {
-                    let (epoch, engine, mut document) = open.remove(tag);
-                    document.results.insert(Arc::clone(&step), generated);
+                for (tag, reply) in mailbox.take() {
+                    let OpenDocument { epoch, engine, tenant, tokens, mut document } = open.remove(tag);
                     let (capability, count) = open.epochs.get_mut(&epoch).expect("open with its documents");
-                    output.session(&*capability).give(document);
+                    // An answer that was finished before the lease was revoked is not wanted either.
+                    let mut answer = None;
+                    if let (Reply::Answer(generated), false) = (reply, document.lease().is_revoked()) {
+                        answer = Some((generated.prompt_len, generated.output_len));
+                        document.results.insert(Arc::clone(&step), generated);
+                        output.session(&*capability).give(document);
+                    }
                     *count -= 1;
                     if *count == 0 {
                         open.epochs.remove(&epoch);
                     }
+                    context.tokens.finish(epoch, tokens);
+                    context.tenants.finished(&tenant, tokens, answer);
                     demand.finished(engine as usize);
                 }
             }
@@ -172,6 +237,8 @@ mod tests {
         assert!(failure.get().is_some_and(|message| message.starts_with("the engine thread panicked")));
         let calm = Failure::default();
         drop(calm.watch("engine"));
-        assert_eq!(calm.get(), None);
+        let of_both = Failure::caused_by([calm.clone(), failure.clone()]);
+        assert_eq!((calm.get(), calm.is_reported()), (None, false));
+        assert_eq!((of_both.get(), of_both.is_reported()), (failure.get(), true));
     }
 }

@@ -9,10 +9,12 @@ pub mod chat;
 pub mod counters;
 pub mod document;
 pub mod group;
+pub mod in_flight;
 pub mod infer;
 pub mod journal;
 pub mod recall;
 pub mod template;
+pub mod tenants;
 pub mod tokenize;
 pub mod tokenizer;
 

@@ -8,15 +8,20 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tidemill_kernels::step::SamplingParams;
+use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
-use timely::dataflow::operators::core::OkErr;
+use timely::dataflow::channels::pact::Pipeline;
+use timely::dataflow::operators::generic::OutputBuilder;
+use timely::dataflow::operators::generic::builder_rc::OperatorBuilder;
 
 use crate::Epoch;
 use crate::chat::ChatTemplate;
 use crate::document::{Document, ErrorKind, Payload, RecordError};
+use crate::in_flight::TokensInFlight;
 use crate::infer::sequence::SharedPrefix;
 use crate::journal::JournalKey;
 use crate::template::Template;
+use crate::tenants;
 use crate::tokenizer::Tokenizer;
 
 /// A document, rendered and encoded for one step.
@@ -27,10 +32,19 @@ pub struct Prompt {
     pub max_tokens: u32,
     pub sampling: SamplingParams,
     pub key: JournalKey,
+    /// On whose behalf; empty if nobody is named.
+    pub tenant: Arc<str>,
     /// The engine that answers it; set by `group`.
     pub engine: u32,
     /// What prompts that come later for the same engine share with it; set by `group`.
     pub shared: Arc<[SharedPrefix]>,
+}
+
+impl Prompt {
+    /// The tokens that prompt and answer may take.
+    pub fn cost(&self) -> u64 {
+        self.token_ids.len() as u64 + u64::from(self.max_tokens)
+    }
 }
 
 /// What a model brings to the text side; shared by all steps.
@@ -54,6 +68,8 @@ pub struct PromptBuilder {
     pub max_tokens: u32,
     /// Its seed is mixed with the document's id unless the step is greedy.
     pub sampling: SamplingParams,
+    /// Names the tenant; without it there is one.
+    pub tenant: Option<Template>,
 }
 
 impl PromptBuilder {
@@ -65,12 +81,14 @@ impl PromptBuilder {
                 let key = JournalKey::new(&self.model.digest, &token_ids, self.max_tokens, &sampling);
                 let token_ids = token_ids.into();
                 let shared = Arc::default();
+                let tenant = self.tenant_of(&document);
                 Ok(Prompt {
                     document,
                     token_ids,
                     max_tokens: self.max_tokens,
                     sampling,
                     key,
+                    tenant,
                     engine: 0,
                     shared,
                 })
@@ -121,6 +139,12 @@ impl PromptBuilder {
         (ErrorKind::TooLong, message)
     }
 
+    /// Who cannot be named is served with those that have no name: no document is refused for that.
+    fn tenant_of(&self, document: &Document) -> Arc<str> {
+        let rendered = self.tenant.as_ref().and_then(|template| template.render(document).ok());
+        tenants::name(&rendered.unwrap_or_default())
+    }
+
     /// Greedy steps share one seed, so equal prompts share one answer.
     fn sampling_of(&self, document: &Document) -> SamplingParams {
         if self.sampling.temperature == 0.0 {
@@ -138,10 +162,12 @@ impl PromptBuilder {
 
 /// Extension trait of document streams.
 pub trait Tokenize<'scope> {
-    /// Encodes each document as a prompt; those that cannot be go to the second stream.
+    /// Encodes each document as a prompt; those that cannot be go to the second stream, and those whose lease is revoked
+    /// to none. What the prompts take is added to the tokens in flight.
     fn tokenize(
         self,
         builder: PromptBuilder,
+        tokens: Arc<TokensInFlight>,
     ) -> (StreamVec<'scope, Epoch, Prompt>, StreamVec<'scope, Epoch, RecordError>);
 }
 
@@ -149,7 +175,40 @@ impl<'scope> Tokenize<'scope> for StreamVec<'scope, Epoch, Document> {
     fn tokenize(
         self,
         builder: PromptBuilder,
+        tokens: Arc<TokensInFlight>,
     ) -> (StreamVec<'scope, Epoch, Prompt>, StreamVec<'scope, Epoch, RecordError>) {
-        self.ok_err(move |document| builder.build(document))
+        let mut operator = OperatorBuilder::new("Tokenize".to_owned(), self.scope());
+        let mut input = operator.new_input(self, Pipeline);
+        let (prompts, prompt_stream) = operator.new_output();
+        let (errors, error_stream) = operator.new_output();
+        let mut prompts = OutputBuilder::<Epoch, CapacityContainerBuilder<Vec<Prompt>>>::from(prompts);
+        let mut errors = OutputBuilder::<Epoch, CapacityContainerBuilder<Vec<RecordError>>>::from(errors);
+        operator.build(move |_| {
+            move |_| {
+                let (mut prompts, mut errors) = (prompts.activate(), errors.activate());
+                input.for_each(|capability, documents| {
+                    // Errors leave by the second output, so both need the time.
+                    let (Some(of_prompts), Some(of_errors)) =
+                        (capability.retain_least(0), capability.retain_least(1))
+                    else {
+                        return;
+                    };
+                    let mut prompts = prompts.session(&of_prompts);
+                    let mut errors = errors.session(&of_errors);
+                    let mut num_tokens = 0;
+                    for document in documents.drain(..).filter(|document| !document.lease().is_revoked()) {
+                        match builder.build(document) {
+                            Ok(prompt) => {
+                                num_tokens += prompt.cost();
+                                prompts.give(prompt);
+                            }
+                            Err(error) => errors.give(error),
+                        }
+                    }
+                    tokens.add(*of_prompts.time(), num_tokens);
+                });
+            }
+        });
+        (prompt_stream, error_stream)
     }
 }

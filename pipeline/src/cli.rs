@@ -7,16 +7,17 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use serde::Serialize;
 
 use crate::bench::{Bench, BenchError, bench};
 use crate::explain::{ExplainError, explain, graph};
 use crate::models::catalogue::{ModelRef, OTHER_NAMES, resolve};
 use crate::models::load::{LoadError, fetched};
 use crate::models::show::{inspect, list};
-use crate::plan::{Checked, check};
-use crate::run::{Outcome, RunError, RunOptions, run, stop_on_signal};
+use crate::plan::{Checked, Target, chain, check};
+use crate::run::{Outcome, RunError, RunOptions, run_together, stop_on_signal};
 use crate::spec::{Definition, SpecError};
-use crate::summary::thousands;
+use crate::summary::{Summary, thousands};
 use crate::topics::{Topics, TopicsError, topics};
 
 /// Exit codes; `README.md` documents them.
@@ -36,6 +37,7 @@ Examples:
   tidemill check pipeline.yaml         find mistakes before anything runs
   tidemill explain pipeline.yaml       count tokens and shared prefixes beforehand
   tidemill run pipeline.yaml           run it; after a crash, run it again to go on
+  tidemill run a.yaml b.yaml           run both at once, on the same engines
   tidemill bench engine                prefill and decode speed, beside what the machine can do
   tidemill models pull smollm2-135m-instruct
 
@@ -51,7 +53,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a pipeline; a run that was interrupted goes on where it was
+    /// Run pipelines; a run that was interrupted goes on where it was
     Run(RunArgs),
     /// Check a definition without running it
     Check { file: PathBuf },
@@ -73,9 +75,10 @@ enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  tidemill run --workers 2 examples/news-summaries/pipeline.yaml")]
 struct RunArgs {
-    /// The pipeline's definition
-    file: PathBuf,
-    /// Dataflow workers, which render and tokenize; the engines are the definition's, whatever their number
+    /// The pipelines' definitions; several run side by side and share the engines if they ask for the same
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Dataflow workers of each pipeline, which render and tokenize; the engines are the definition's, whatever their number
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: u16,
     /// Replace output that is finished or was made by another definition
@@ -87,7 +90,7 @@ struct RunArgs {
     /// No progress and no summary
     #[arg(long, short)]
     quiet: bool,
-    /// Write the summary to a file, as JSON
+    /// Write the summary to a file, as JSON; of several pipelines a list
     #[arg(long, value_name = "FILE")]
     summary: Option<PathBuf>,
 }
@@ -145,6 +148,13 @@ pub enum CliError {
     OverBudget { errors: u64, total: u64 },
     #[error("interrupted")]
     Interrupted,
+    /// One of several that ran together.
+    #[error("pipeline {name:?} did not finish")]
+    Pipeline {
+        name: String,
+        #[source]
+        source: Box<CliError>,
+    },
 }
 
 impl CliError {
@@ -152,9 +162,11 @@ impl CliError {
         match self {
             Self::Spec(_)
             | Self::UnknownModel { .. }
+            | Self::Run(RunError::CommonEnd { .. })
             | Self::Bench(BenchError::UnknownModel { .. } | BenchError::Definition(_)) => exit::USAGE,
             Self::OverBudget { .. } => exit::OVER_BUDGET,
             Self::Interrupted => exit::INTERRUPTED,
+            Self::Pipeline { source, .. } => source.exit_code(),
             _ => exit::FAILED,
         }
     }
@@ -174,6 +186,7 @@ impl CliError {
                 Some("look at the errors sink for the reasons; what was finished is kept".to_owned())
             }
             Self::Interrupted => Some("run the same command again to go on".to_owned()),
+            Self::Pipeline { source, .. } => source.help(),
             Self::Signal(_) | Self::Write { .. } => None,
         }
     }
@@ -216,8 +229,8 @@ fn checked(file: &Path) -> Result<Checked, CliError> {
 }
 
 fn run_command(args: &RunArgs) -> Result<(), CliError> {
-    let checked = checked(&args.file)?;
-    let target = checked.plan.sink.target.clone();
+    let all = args.files.iter().map(|file| checked(file)).collect::<Result<Vec<_>, _>>()?;
+    let plans: Vec<_> = all.iter().map(|one| (one.plan.name.clone(), one.plan.sink.target.clone())).collect();
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signal(&stop)?;
     let options = RunOptions {
@@ -227,30 +240,72 @@ fn run_command(args: &RunArgs) -> Result<(), CliError> {
         until_end: args.until_end,
         stop,
     };
-    let outcome = run(checked, &options)?;
-    let summary = match &outcome {
-        Outcome::NothingToDo { rows, errors } => {
-            if !args.quiet {
-                let done = format!("{} rows, {} errors", thousands(*rows), thousands(*errors));
-                eprintln!("nothing to do: {done} are in {target} already (--force to make them anew)");
-            }
-            return Ok(());
+    let is_one = all.len() == 1;
+    let outcomes = run_together(all, &options)?;
+    let mut summaries = Vec::new();
+    let mut failed = Vec::new();
+    for ((name, target), outcome) in plans.into_iter().zip(outcomes) {
+        if let Ok(outcome) = &outcome
+            && !args.quiet
+        {
+            let heading = if is_one { String::new() } else { format!("{name}\n") };
+            eprintln!("{heading}{}", report(outcome, &target));
         }
-        Outcome::Finished(summary) | Outcome::Interrupted(summary) => summary,
-        Outcome::OverBudget { summary, .. } => summary,
-    };
-    if !args.quiet {
-        eprintln!("{}", summary.render());
+        let summary = outcome.as_ref().ok().and_then(Outcome::summary).cloned();
+        summaries.extend(summary.map(|summary| NamedSummary { name: name.clone(), summary }));
+        if let Err(error) = conclude(outcome) {
+            failed.push(match is_one {
+                true => error,
+                false => CliError::Pipeline { name, source: Box::new(error) },
+            });
+        }
     }
     if let Some(path) = &args.summary {
-        let text = serde_json::to_string_pretty(summary).expect("plain data");
-        std::fs::write(path, text + "\n").map_err(|source| CliError::Write { path: path.clone(), source })?;
+        write_summaries(path, &summaries, is_one)?;
     }
+    let mut failed = failed.into_iter();
+    let Some(first) = failed.next() else { return Ok(()) };
+    failed.for_each(|error| eprintln!("error: {}", chain(&error)));
+    Err(first)
+}
+
+/// What the user is told of a run that did not fail.
+fn report(outcome: &Outcome, target: &Target) -> String {
     match outcome {
+        Outcome::NothingToDo { rows, errors } => {
+            let done = format!("{} rows, {} errors", thousands(*rows), thousands(*errors));
+            format!("nothing to do: {done} are in {target} already (--force to make them anew)")
+        }
+        Outcome::Finished(summary) | Outcome::Interrupted(summary) => summary.render(),
+        Outcome::OverBudget { summary, .. } => summary.render(),
+    }
+}
+
+fn conclude(outcome: Result<Outcome, RunError>) -> Result<(), CliError> {
+    match outcome? {
         Outcome::OverBudget { errors, total, .. } => Err(CliError::OverBudget { errors, total }),
         Outcome::Interrupted(_) => Err(CliError::Interrupted),
         Outcome::Finished(_) | Outcome::NothingToDo { .. } => Ok(()),
     }
+}
+
+/// One of several in a file.
+#[derive(Serialize)]
+struct NamedSummary {
+    name: String,
+    #[serde(flatten)]
+    summary: Summary,
+}
+
+/// One run writes its summary, several a list of those that had something to do.
+fn write_summaries(path: &Path, summaries: &[NamedSummary], is_one: bool) -> Result<(), CliError> {
+    let text = match (is_one, summaries) {
+        (true, []) => return Ok(()),
+        (true, [one, ..]) => serde_json::to_string_pretty(&one.summary),
+        (false, all) => serde_json::to_string_pretty(all),
+    };
+    let text = text.expect("plain data") + "\n";
+    std::fs::write(path, text).map_err(|source| CliError::Write { path: path.to_owned(), source })
 }
 
 fn explain_command(args: &ExplainArgs) -> Result<(), CliError> {

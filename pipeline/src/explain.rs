@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use tidemill_connectors::source::{Source, SourceError};
 use tidemill_operators::batch::Batch;
-use tidemill_operators::document::{Document, DocumentId};
+use tidemill_operators::document::{Document, DocumentId, Lease};
 use tidemill_operators::group::distinct::distinct_tokens;
 use tidemill_operators::tokenize::PromptBuilder;
 
@@ -118,7 +118,7 @@ fn read(
         explanation.malformed += batch.rejected.len() as u64;
         explanation.documents += (batch.rows.num_rows() + batch.rejected.len()) as u64;
         let ids = batch.row_numbers.iter().map(|&row| DocumentId { file: batch.file, row }).collect();
-        for document in Batch::new(batch.rows, ids, Vec::new()).drain().flatten() {
+        for document in Batch::new(batch.rows, ids, Vec::new(), Lease::default()).drain().flatten() {
             for count in counts.iter_mut().flatten() {
                 count.add(document.clone());
             }

@@ -7,6 +7,7 @@
 pub mod device;
 pub mod kafka;
 pub mod steps;
+mod tenants;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +22,9 @@ use tidemill_connectors::output::SinkSpec as SinkTarget;
 use tidemill_connectors::parquet::ParquetSource;
 use tidemill_connectors::source::{BatchLimits, InputFile, Source, SourceError};
 use tidemill_kernels::step::SamplingParams;
+use tidemill_operators::infer::sequence::Priority;
 use tidemill_operators::template::Template;
+use tidemill_operators::tenants::TenantPolicy;
 use tidemill_operators::tokenize::{PromptBuilder, TextModel};
 
 use self::device::Devices;
@@ -58,12 +61,17 @@ pub struct Plan {
     pub input_schema: SchemaRef,
     /// What is read, for people.
     pub source_name: String,
+    pub reads_stdin: bool,
     /// Where a pipeline on topics keeps its journal.
     pub state_folder: PathBuf,
     pub steps: Vec<GeneratePlan>,
     pub sink: SinkPlan,
     pub engine: EnginePlan,
     pub credit: CreditPlan,
+    /// Before which other pipelines its prompts go, where they share engines.
+    pub priority: Priority,
+    /// `None` if the definition has no tenants; the template that names them is with each step.
+    pub tenants: Option<TenantPolicy>,
     /// What decides the output: two definitions with equal values may continue each other's work.
     pub fingerprint: Value,
 }
@@ -76,6 +84,8 @@ pub struct GeneratePlan {
     pub prompt: String,
     pub max_tokens: u32,
     pub sampling: SamplingParams,
+    /// Names the tenant; the same in all steps.
+    pub tenant: Option<String>,
     /// Names of earlier steps that the templates use.
     pub uses: Vec<String>,
 }
@@ -93,6 +103,19 @@ pub struct SinkPlan {
 pub enum Target {
     Files { sink: SinkTarget, errors: SinkTarget },
     Topics(Box<TopicPlan>),
+}
+
+impl Target {
+    /// Of results and of errors.
+    pub fn names(&self) -> [String; 2] {
+        match self {
+            Self::Files { sink, errors } => [sink.to_string(), errors.to_string()],
+            Self::Topics(topics) => {
+                let name = |topic: &str| format!("topic {topic} at {}", topics.producer.cluster.brokers);
+                [name(&topics.producer.topic), name(&topics.producer.errors_topic)]
+            }
+        }
+    }
 }
 
 impl std::fmt::Display for Target {
@@ -126,7 +149,7 @@ impl Input {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EnginePlan {
     pub max_num_seqs: u32,
     pub max_num_batched_tokens: u32,
@@ -150,6 +173,8 @@ impl Default for EnginePlan {
 pub struct CreditPlan {
     pub documents: u64,
     pub bytes: u64,
+    /// Of prompts and answers; by default the KV cache decides.
+    pub tokens: Option<u64>,
 }
 
 /// A plan and the source it was checked against, at its first row.
@@ -181,7 +206,8 @@ pub fn check(definition: &Definition) -> Result<Checked> {
     };
     let input_schema = source.source().schema();
     let steps = steps(definition, &input_schema)?;
-    let sink = sink(definition)?;
+    let tenants = tenants::tenants(definition, &input_schema)?;
+    let sink = sink(definition, &input_schema, &steps)?;
     if let Some(path) = &source_path {
         refuse_output_in_input(definition, path, &sink)?;
     }
@@ -193,11 +219,14 @@ pub fn check(definition: &Definition) -> Result<Checked> {
         devices,
         input_schema,
         source_name,
+        reads_stdin: source_path.is_some_and(|path| path.as_os_str() == STDIO),
         state_folder: state_folder(definition),
         steps,
         sink,
         engine,
         credit,
+        priority: spec.priority,
+        tenants,
         fingerprint,
     };
     Ok(Checked { plan, source })
@@ -225,6 +254,7 @@ impl GeneratePlan {
             prompt: compile(&self.prompt),
             max_tokens: self.max_tokens,
             sampling: self.sampling,
+            tenant: self.tenant.as_deref().map(compile),
         }
     }
 }
@@ -253,6 +283,7 @@ fn credit(definition: &Definition) -> Result<CreditPlan> {
     Ok(CreditPlan {
         documents: documents.unwrap_or(DEFAULT_CREDIT_DOCUMENTS),
         bytes: bytes.unwrap_or(DEFAULT_CREDIT_BYTES),
+        tokens: at_least(definition, spec.tokens.as_ref(), 1, "credit.tokens", |tokens| *tokens)?,
     })
 }
 
@@ -376,13 +407,13 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn sink(definition: &Definition) -> Result<SinkPlan> {
+fn sink(definition: &Definition, schema: &Schema, steps: &[GeneratePlan]) -> Result<SinkPlan> {
     let budget = definition.spec.errors.as_ref().and_then(|errors| errors.budget);
     let (key, target) = match &definition.spec.sink {
         SinkSpec::Parquet(target) => ("sink.parquet", target),
         SinkSpec::Jsonl(target) => ("sink.jsonl", target),
         SinkSpec::Kafka(target) => {
-            let topics = kafka::target(definition, target)?;
+            let topics = kafka::target(definition, target, schema, steps)?;
             return Ok(SinkPlan {
                 budget,
                 commit_rows: topics.commit_rows,

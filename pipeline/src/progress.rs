@@ -22,10 +22,17 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts reporting; `total` documents are expected, if it is known.
-    pub fn start(counters: Arc<Counters>, total: Option<u64>, clock: Clock) -> std::io::Result<Self> {
+    /// Starts reporting; `total` documents are expected, if it is known. With a name, one of several reports: plain
+    /// lines that begin with it.
+    pub fn start(
+        name: Option<String>,
+        counters: Arc<Counters>,
+        total: Option<u64>,
+        clock: Clock,
+    ) -> std::io::Result<Self> {
         let (stop, stopped) = channel();
-        let on_terminal = std::io::stderr().is_terminal();
+        let on_terminal = std::io::stderr().is_terminal() && name.is_none();
+        let name = name.map(|name| format!("{name}: ")).unwrap_or_default();
         let interval = if on_terminal { BAR_INTERVAL } else { LINE_INTERVAL };
         let thread = std::thread::Builder::new().name("progress".to_owned()).spawn(move || {
             let bar = on_terminal.then(|| bar(total));
@@ -39,7 +46,7 @@ impl Progress {
                         bar.set_position(done);
                         bar.set_message(line);
                     }
-                    None => eprintln!("{} documents  {line}", of_total(done, total)),
+                    None => eprintln!("{name}{} documents  {line}", of_total(done, total)),
                 }
             }
             if let Some(bar) = bar {

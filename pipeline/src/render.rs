@@ -24,8 +24,9 @@ use tidemill_operators::counters::Counters;
 use tidemill_operators::document::{Document, RecordError};
 use tidemill_operators::group::window::WindowLimits;
 use tidemill_operators::group::{Demand, Group};
-use tidemill_operators::infer::runner::EngineHandle;
-use tidemill_operators::infer::{Failure, Infer};
+use tidemill_operators::infer::load::EngineLoad;
+use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
+use tidemill_operators::infer::{Failure, Infer, Stop};
 use tidemill_operators::journal::Journal;
 use tidemill_operators::recall::Recall;
 use tidemill_operators::tokenize::{PromptBuilder, Tokenize};
@@ -44,17 +45,21 @@ pub struct Shared {
     pub counters: Arc<Counters>,
     pub failure: Failure,
     /// Set when the run should end early: the user asked, a thread failed, the error budget is used up.
-    pub stop: Arc<AtomicBool>,
+    pub stop: Stop,
     pub journal: Option<Journal>,
+    /// What goes with the work to the engines, which other runs may share.
+    pub work: Arc<WorkContext>,
     pub epochs: Arc<EpochLog>,
     /// By step.
     pub demands: Vec<Arc<Demand>>,
     pub credit: CreditPlan,
+    /// Of the engines.
+    pub loads: Vec<Arc<EngineLoad>>,
 }
 
 impl Shared {
     pub fn should_stop(&self) -> bool {
-        self.stop.load(Ordering::Acquire) || self.failure.get().is_some()
+        self.work.is_over()
     }
 }
 
@@ -133,7 +138,7 @@ pub fn render<'scope>(
     let mut errors = vec![rejected];
     for (builder, demand) in builders.into_iter().zip(&shared.demands) {
         let step = Arc::clone(&builder.step);
-        let (prompts, refused) = documents.tokenize(builder);
+        let (prompts, refused) = documents.tokenize(builder, Arc::clone(&shared.work.tokens));
         let (prompts, answered) = prompts.recall(
             Arc::clone(&step),
             shared.journal.clone(),
@@ -141,8 +146,8 @@ pub fn render<'scope>(
             shared.failure.clone(),
         );
         let limits = WindowLimits::new(shared.credit.documents as usize, shared.credit.bytes);
-        let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.counters));
-        let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand));
+        let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.work));
+        let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand), Arc::clone(&shared.work));
         documents = scope.concatenate([answered, inferred]);
         errors.push(refused);
     }

@@ -1,7 +1,12 @@
-//! Runs a checked plan to its end and says how it ended.
+//! Runs checked plans to their end, side by side, and says how each ended.
+//!
+//! Each plan is a dataflow on workers of its own. They could share one set of workers, but then a slow template of
+//! one would hold up the prompts of another, and a panic in one would end all.
 
 mod ends;
+mod engines;
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -12,26 +17,28 @@ use tidemill_connectors::output::{OutputError, Resume};
 use tidemill_connectors::source::{Source, SourceError};
 use tidemill_operators::counters::Counters;
 use tidemill_operators::group::Demand;
-use tidemill_operators::infer::Failure;
-use tidemill_operators::infer::engine::EngineStats;
-use tidemill_operators::infer::runner::{EngineHandle, Runner, RunnerContext};
+use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
+use tidemill_operators::infer::{Failure, Stop};
 use tidemill_operators::journal::{Journal, JournalError};
+use tidemill_operators::tenants::Tenants;
 use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::clock::Clock;
-use crate::models::load::{Engines, LoadError, load};
+use crate::models::load::LoadError;
 use crate::plan::{Checked, Plan};
 use crate::progress::Progress;
 use crate::render::sink::{self, SinkLimits, SinkReport, SinkThread, Target};
 use crate::render::source::SourceThread;
 use crate::render::{EpochLog, Shared, render};
-use crate::run::ends::Opened;
 use crate::summary::Summary;
+use engines::Lent;
 
 /// A worker without work sleeps this long at most, so that it sees a stop.
 const PARK: Duration = Duration::from_millis(50);
 /// Prompts an engine has waiting, as a multiple of those it runs.
 const QUEUE_FACTOR: usize = 2;
+/// The share of those it runs, where there are tenants.
+const TENANTS_QUEUE_DIVISOR: usize = 4;
 
 /// What the command line adds to a plan.
 #[derive(Clone, Debug)]
@@ -43,7 +50,7 @@ pub struct RunOptions {
     pub progress: bool,
     /// Read topics to where they end now, and no further.
     pub until_end: bool,
-    /// Set from outside to end the run early.
+    /// Set from outside to end all pipelines early.
     pub stop: Arc<AtomicBool>,
 }
 
@@ -60,6 +67,18 @@ pub enum Outcome {
     OverBudget { summary: Summary, errors: u64, total: u64 },
 }
 
+impl Outcome {
+    /// The figures of what was done now.
+    pub fn summary(&self) -> Option<&Summary> {
+        match self {
+            Self::Finished(summary) | Self::Interrupted(summary) | Self::OverBudget { summary, .. } => {
+                Some(summary)
+            }
+            Self::NothingToDo { .. } => None,
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error(transparent)]
@@ -74,6 +93,8 @@ pub enum RunError {
     Journal(#[from] JournalError),
     #[error("cannot start a thread")]
     Thread(#[from] std::io::Error),
+    #[error("pipelines {:?} and {:?} both use {place}", names[0], names[1])]
+    CommonEnd { names: [String; 2], place: String },
     #[error("the run failed: {0}")]
     Failed(String),
     #[error("a worker failed: {0}")]
@@ -89,6 +110,7 @@ impl RunError {
             Self::Source(error) => error.help(),
             Self::Kafka(error) => error.help(),
             Self::Failed(_) => Some("what was finished is kept: mend the cause and run again".to_owned()),
+            Self::CommonEnd { .. } => Some("give each pipeline ends of its own".to_owned()),
             Self::Journal(_) | Self::Thread(_) | Self::Worker(_) => None,
         }
     }
@@ -96,13 +118,81 @@ impl RunError {
 
 /// Runs a plan.
 pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> {
+    run_together(vec![checked], options)?.pop().expect("one outcome a plan")
+}
+
+/// Runs plans side by side until all have ended; one outcome each, in their order. None starts unless all can.
+///
+/// Each has threads, source, sink, journal and credit of its own, so that none waits for another but where they meet:
+/// in the engines, which those share that ask for the same.
+pub fn run_together(
+    all: Vec<Checked>,
+    options: &RunOptions,
+) -> Result<Vec<Result<Outcome, RunError>>, RunError> {
     let clock = Clock::start();
+    refuse_common_ends(&all)?;
+    let names_progress = all.len() > 1;
+    let pipelines: Vec<Opened> =
+        all.into_iter().map(|checked| open(checked, options)).collect::<Result<_, _>>()?;
+    let plans: Vec<&Plan> = pipelines.iter().filter_map(|opened| Some(&opened.as_ref().ok()?.plan)).collect();
+    let (running, lent) = engines::start(&plans)?;
+    let mut lent = lent.into_iter();
+    let outcomes = std::thread::scope(|scope| {
+        let threads: Vec<_> = pipelines
+            .into_iter()
+            .map(|opened| {
+                let with_engines = opened.map(|pipeline| (pipeline, lent.next().expect("one for each plan")));
+                scope.spawn(move || match with_engines {
+                    Ok((pipeline, lent)) => pipeline.run(lent, options, names_progress, clock),
+                    Err(done) => Ok(done),
+                })
+            })
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Outcome, RunError>>| {
+            thread.join().unwrap_or_else(|_| Err(RunError::Worker("its thread panicked".to_owned())))
+        };
+        threads.into_iter().map(join).collect()
+    });
+    drop(lent);
+    running.join();
+    Ok(outcomes)
+}
+
+/// Two pipelines must not write to one place, nor read one stream.
+fn refuse_common_ends(all: &[Checked]) -> Result<(), RunError> {
+    for (index, one) in all.iter().enumerate() {
+        for other in &all[..index] {
+            let [one, other] = [&one.plan, &other.plan];
+            let outputs = |plan: &Plan| plan.sink.target.names();
+            let common = outputs(one).into_iter().find(|output| outputs(other).contains(output));
+            let is_stdin = [one, other].iter().all(|plan| plan.reads_stdin);
+            if let Some(place) = common.or_else(|| is_stdin.then(|| "standard input".to_owned())) {
+                let names = [other.name.clone(), one.name.clone()];
+                return Err(RunError::CommonEnd { names, place });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A pipeline that is ready to run, or was finished before.
+type Opened = Result<Pipeline, Outcome>;
+
+/// A plan with its ends open.
+struct Pipeline {
+    plan: Plan,
+    ends: ends::OpenEnds,
+    /// What earlier runs have written.
+    before: SinkReport,
+    journal: Option<(PathBuf, Journal)>,
+}
+
+fn open(checked: Checked, options: &RunOptions) -> Result<Opened, RunError> {
     let Checked { plan, source } = checked;
     // Fences who ran before by the same name, so it comes before anything is read.
-    let opened = ends::open(&plan, source, options)?;
-    let Opened { source, target, resume, journal_path, slot: _slot } = opened;
-    let before = match resume {
-        Resume::Finished { rows, errors } => return Ok(Outcome::NothingToDo { rows, errors }),
+    let ends = ends::open(&plan, source, options)?;
+    let before = match ends.resume {
+        Resume::Finished { rows, errors } => return Ok(Err(Outcome::NothingToDo { rows, errors })),
         Resume::Fresh => SinkReport::default(),
         Resume::Continue { rows, errors, .. } => {
             if options.progress {
@@ -111,40 +201,74 @@ pub fn run(checked: Checked, options: &RunOptions) -> Result<Outcome, RunError> 
             SinkReport { rows, errors, ..SinkReport::default() }
         }
     };
-    let journal = journal_path.as_deref().map(Journal::open).transpose()?;
-    let loaded = load(&plan.model, &plan.model_name, plan.devices, &|what| eprintln!("{what} …"))?;
-    let engines = loaded.engines(&plan.engine, plan.devices)?;
-    let shared = share(&plan, journal, options);
-    let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
-    let removes_journal = matches!(target, Target::Files { may_finish: true, .. });
-    let limits = SinkLimits {
-        commit_rows: plan.sink.commit_rows,
-        commit_interval: plan.sink.commit_interval,
-        budget: plan.sink.budget,
+    let journal = match &ends.journal_path {
+        Some(path) => Some((path.clone(), Journal::open(path)?)),
+        None => None,
     };
-    let (sink, sink_thread) = sink::start(target, limits, before, &shared, clock)?;
-    let progress =
-        options.progress.then(|| Progress::start(Arc::clone(&shared.counters), total, clock)).transpose()?;
-    let ends = Ends { engines, source, sink };
-    let stats = execute(&plan, &shared, ends, options.num_workers)?;
-    drop(progress);
-    // A panic there was reported as a failure already.
-    let report = sink_thread.join().unwrap_or_default();
-    if let Some(path) = journal_path.filter(|_| report.finished && removes_journal) {
-        // All answers are in the output now. What is left behind costs space and nothing else.
-        let _ = std::fs::remove_file(path);
-    }
-    Counters::add(&shared.counters.preemptions, stats.iter().map(|stats| stats.preemptions).sum());
-    conclude(&shared, report, clock)
+    Ok(Ok(Pipeline { plan, ends, before, journal }))
 }
 
-fn share(plan: &Plan, journal: Option<Journal>, options: &RunOptions) -> Shared {
-    let target = plan.engine.max_num_seqs as usize * QUEUE_FACTOR;
+impl Pipeline {
+    fn run(
+        self,
+        lent: Lent,
+        options: &RunOptions,
+        names_progress: bool,
+        clock: Clock,
+    ) -> Result<Outcome, RunError> {
+        let Self { plan, ends, before, journal } = self;
+        let ends::OpenEnds { source, target, slot: _slot, .. } = ends;
+        let (journal_path, journal) = journal.unzip();
+        let shared = share(&plan, journal, &lent, options, clock);
+        let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
+        let removes_journal = matches!(target, Target::Files { may_finish: true, .. });
+        let limits = SinkLimits {
+            commit_rows: plan.sink.commit_rows,
+            commit_interval: plan.sink.commit_interval,
+            budget: plan.sink.budget,
+        };
+        let (sink, sink_thread) = sink::start(target, limits, before, &shared, clock)?;
+        let name = names_progress.then(|| plan.name.clone());
+        let start_progress = || Progress::start(name, Arc::clone(&shared.counters), total, clock);
+        let progress = options.progress.then(start_progress).transpose()?;
+        execute(&plan, &shared, Ends { lent, source, sink }, options.num_workers)?;
+        drop(progress);
+        // A panic there was reported as a failure already.
+        let report = sink_thread.join().unwrap_or_default();
+        if let Some(path) = journal_path.filter(|_| report.finished && removes_journal) {
+            // All answers are in the output now. What is left behind costs space and nothing else.
+            let _ = std::fs::remove_file(path);
+        }
+        conclude(&shared, report, clock)
+    }
+}
+
+fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOptions, clock: Clock) -> Shared {
+    let max_num_seqs = plan.engine.max_num_seqs as usize;
+    // What an engine has in its queue stands before every tenant that comes later.
+    let target = match &plan.tenants {
+        Some(_) => max_num_seqs + max_num_seqs.div_ceil(TENANTS_QUEUE_DIVISOR),
+        None => max_num_seqs * QUEUE_FACTOR,
+    };
+    let policy = plan.tenants.clone().unwrap_or_default();
+    let tenants = Arc::new(Tenants::new(policy, move || clock.elapsed()));
+    let counters = Arc::new(Counters::default());
+    let failure = Failure::caused_by(lent.handles.iter().map(|engine| engine.failure().clone()));
+    let stop = Stop::new(Arc::clone(&options.stop));
     Shared {
-        counters: Arc::new(Counters::default()),
-        failure: Failure::default(),
-        stop: Arc::clone(&options.stop),
-        journal,
+        counters: Arc::clone(&counters),
+        failure: failure.clone(),
+        stop: stop.clone(),
+        journal: journal.clone(),
+        work: Arc::new(WorkContext {
+            priority: plan.priority,
+            journal,
+            counters,
+            tenants,
+            tokens: Arc::default(),
+            failure,
+            stop,
+        }),
         epochs: Arc::new(EpochLog::default()),
         demands: plan
             .steps
@@ -152,6 +276,7 @@ fn share(plan: &Plan, journal: Option<Journal>, options: &RunOptions) -> Shared 
             .map(|_| Arc::new(Demand::new(plan.devices.num_engines(), target)))
             .collect(),
         credit: plan.credit,
+        loads: lent.handles.iter().map(|engine| Arc::clone(engine.load())).collect(),
     }
 }
 
@@ -159,7 +284,7 @@ fn conclude(shared: &Shared, report: SinkReport, clock: Clock) -> Result<Outcome
     if let Some(message) = shared.failure.get() {
         return Err(RunError::Failed(message));
     }
-    let summary = Summary::new(&shared.counters, clock.elapsed());
+    let summary = Summary::new(&shared.counters, shared.work.tokens.peak(), clock.elapsed());
     Ok(if report.over_budget {
         let total = report.rows + report.errors;
         Outcome::OverBudget { summary, errors: report.errors, total }
@@ -172,7 +297,7 @@ fn conclude(shared: &Shared, report: SinkReport, clock: Clock) -> Result<Outcome
 
 /// What enters the dataflow from outside.
 struct Ends {
-    engines: Engines,
+    lent: Lent,
     source: Box<dyn Source>,
     sink: SinkThread,
 }
@@ -184,16 +309,10 @@ struct WorkerPart {
 }
 
 /// Runs the dataflow on all workers until it is done or stopped.
-fn execute(
-    plan: &Plan,
-    shared: &Shared,
-    ends: Ends,
-    num_workers: usize,
-) -> Result<Vec<EngineStats>, RunError> {
+fn execute(plan: &Plan, shared: &Shared, ends: Ends, num_workers: usize) -> Result<(), RunError> {
     let reading: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
-    let text = Arc::clone(&ends.engines.text);
-    let (runners, handles) = start_engines(ends.engines, shared)?;
-    let mut first = Some((SourceThread::new(ends.source, Arc::clone(&reading)), ends.sink));
+    let Ends { lent: Lent { handles, text }, source, sink } = ends;
+    let mut first = Some((SourceThread::new(source, Arc::clone(&reading)), sink));
     let parts: Vec<Mutex<Option<WorkerPart>>> = (0..num_workers)
         .map(|_| Mutex::new(Some(WorkerPart { engines: handles.clone(), ends: first.take() })))
         .collect();
@@ -214,29 +333,7 @@ fn execute(
         // A panic there was reported as a failure already.
         let _ = thread.join();
     }
-    Ok(runners.into_iter().map(Runner::join).collect())
-}
-
-/// Starts the threads of all engines, each on its cores.
-fn start_engines(engines: Engines, shared: &Shared) -> Result<(Vec<Runner>, Vec<EngineHandle>), RunError> {
-    let mut started = (Vec::new(), Vec::new());
-    for (engine, cores) in engines.engines {
-        let context = RunnerContext {
-            text: Arc::clone(&engines.text),
-            journal: shared.journal.clone(),
-            counters: Arc::clone(&shared.counters),
-            failure: shared.failure.clone(),
-            cancel: Arc::clone(&shared.stop),
-        };
-        let start = || Runner::start(engine, context);
-        let (runner, handle) = match cores {
-            Some(cores) => cores.pinned(start),
-            None => start(),
-        }?;
-        started.0.push(runner);
-        started.1.push(handle);
-    }
-    Ok(started)
+    Ok(())
 }
 
 fn drive(

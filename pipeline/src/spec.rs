@@ -6,12 +6,14 @@
 mod environment;
 pub mod kafka;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 pub use serde_saphyr::{Location, Spanned};
+use tidemill_operators::infer::sequence::Priority;
 
 use self::kafka::{KafkaSourceSpec, KafkaTargetSpec, KafkaTopicSpec};
 
@@ -31,6 +33,9 @@ pub struct Spec {
     pub credit: CreditSpec,
     /// A folder for what a pipeline on topics keeps on disk; relative to the definition.
     pub state: Option<Spanned<String>>,
+    #[serde(default)]
+    pub priority: Priority,
+    pub tenants: Option<TenantsSpec>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -147,6 +152,19 @@ pub struct EngineSpec {
 pub struct CreditSpec {
     pub documents: Option<Spanned<u64>>,
     pub bytes: Option<Spanned<Bytes>>,
+    pub tokens: Option<Spanned<u64>>,
+}
+
+/// On whose behalf documents are processed.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantsSpec {
+    /// A template that names the tenant of a document.
+    pub by: Spanned<String>,
+    #[serde(default)]
+    pub weights: BTreeMap<String, Spanned<u32>>,
+    pub default_weight: Option<Spanned<u32>>,
+    pub max_tokens_in_flight: Option<Spanned<u64>>,
 }
 
 /// A size in bytes, written as `512MiB` or a plain number.

@@ -29,10 +29,12 @@ pub struct Summary {
     /// Largest resident size of the process; 0 where the system does not tell.
     pub peak_memory_bytes: u64,
     pub peak_documents_in_flight: u64,
+    /// Tokens of prompts, with the answers they may get, that were rendered and not yet answered.
+    pub peak_tokens_in_flight: u64,
 }
 
 impl Summary {
-    pub fn new(counters: &Counters, wall: Duration) -> Self {
+    pub fn new(counters: &Counters, peak_tokens_in_flight: u64, wall: Duration) -> Self {
         Self {
             documents: Counters::get(&counters.documents_done),
             errors: Counters::get(&counters.errors),
@@ -47,6 +49,7 @@ impl Summary {
             wall_ms: wall.as_millis() as u64,
             peak_memory_bytes: peak_memory_bytes(),
             peak_documents_in_flight: Counters::get(&counters.peak_in_flight),
+            peak_tokens_in_flight,
         }
     }
 

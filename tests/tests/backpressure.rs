@@ -8,13 +8,15 @@ use tidemill_tests::Pipeline;
 
 const CREDIT: usize = 40;
 
-fn run(workers: &str, documents: usize) -> Value {
-    let pipeline = Pipeline::new(&format!(
+fn run(workers: &str, documents: usize, credit: &str) -> Value {
+    let mut pipeline = Pipeline::new(&format!(
         "name: burst\nmodel: {{ name: fake }}\nsource: {{ jsonl: {{ path: input.jsonl }} }}\n\
          steps:\n  - generate: {{ name: a, prompt: '{{{{ text }}}}', max_tokens: 4 }}\n\
          \x20 - generate: {{ name: b, prompt: 'Again: {{{{ a }}}} {{{{ text }}}}', max_tokens: 4 }}\n\
-         sink: {{ jsonl: {{ path: out/results.jsonl }} }}\ncredit: {{ documents: {CREDIT} }}\n"
+         sink: {{ jsonl: {{ path: out/results.jsonl }} }}\ncredit: {{ {credit} }}\n"
     ));
+    // Answers take longer than reading.
+    pipeline.env.push(("TIDEMILL_FAKE_DELAY_US", "5".to_owned()));
     let lines = (0..documents).map(|id| format!("{{\"id\": {id}, \"text\": \"{id} {}\"}}\n", id % 9));
     fs::write(pipeline.path("input.jsonl"), lines.collect::<String>()).unwrap();
     let summary = pipeline.path("summary.json");
@@ -26,9 +28,19 @@ fn run(workers: &str, documents: usize) -> Value {
 #[test]
 fn rows_in_flight_never_exceed_the_credit() {
     for workers in ["1", "3"] {
-        let summary = run(workers, 100 * CREDIT);
+        let summary = run(workers, 100 * CREDIT, &format!("documents: {CREDIT}"));
         let peak = summary["peak_documents_in_flight"].as_u64().unwrap() as usize;
         assert!(peak <= CREDIT, "{peak} documents in flight with a credit of {CREDIT}");
         assert!(peak > CREDIT / 2, "the credit is not used: at most {peak} in flight");
     }
+}
+
+/// Batches of 64 documents are let in while there is credit, two before their tokens are known.
+#[test]
+fn tokens_in_flight_stay_near_the_credit() {
+    let most_of_a_batch = 64 * 2 * 60;
+    let [one, some] = ["tokens: 1", "tokens: 20000"]
+        .map(|credit| run("1", 3000, credit)["peak_tokens_in_flight"].as_u64().unwrap());
+    assert!(0 < one && one <= 3 * most_of_a_batch, "{one}");
+    assert!(one < some && some <= 20_000 + 3 * most_of_a_batch, "{some}");
 }

@@ -7,8 +7,8 @@
 
 use tidemill_kernels::step::{Model, ModelInfo, StepBatch, StepError, StepOutput};
 
-use super::scheduler::Scheduler;
-use super::sequence::{Finished, SequenceRequest};
+use super::scheduler::{Counters, Scheduler};
+use super::sequence::{Finished, OwnerId, SequenceId, SequenceRequest};
 
 /// The bounds of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub struct EngineConfig {
 }
 
 /// Counts since the engine was made. Once it is idle, `prompt_tokens + recomputed_tokens` equals
-/// `computed_tokens + reused_tokens`.
+/// `computed_tokens + reused_tokens + aborted_tokens`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStats {
     /// Model calls that succeeded.
@@ -30,6 +30,9 @@ pub struct EngineStats {
     pub step_tokens: u64,
     /// Sequences answered.
     pub finished: u64,
+    /// Sequences given up, and their prompt tokens that were neither computed nor reused until then.
+    pub aborted: u64,
+    pub aborted_tokens: u64,
     /// Prompt tokens of the sequences submitted so far.
     pub prompt_tokens: u64,
     /// Prompt tokens that went through the model, recomputation included.
@@ -116,6 +119,11 @@ impl Engine {
         Ok(())
     }
 
+    /// Gives up a sequence, waiting or running: it is never reported as finished. False if there is none of this name.
+    pub fn abort(&mut self, id: SequenceId) -> bool {
+        self.scheduler.abort(id)
+    }
+
     pub fn has_work(&self) -> bool {
         self.num_waiting() + self.num_running() > 0
     }
@@ -147,6 +155,11 @@ impl Engine {
         Ok(self.scheduler.commit(&output, &info.eos_token_ids))
     }
 
+    /// What of the counts is this owner's.
+    pub fn counters_of(&self, owner: OwnerId) -> Counters {
+        self.scheduler.counters_of(owner)
+    }
+
     pub fn stats(&self) -> EngineStats {
         let counters = self.scheduler.counters();
         let num_pages = self.scheduler.num_pages();
@@ -154,6 +167,8 @@ impl Engine {
             steps: self.steps,
             step_tokens: self.step_tokens,
             finished: counters.finished,
+            aborted: counters.aborted,
+            aborted_tokens: counters.aborted_tokens,
             prompt_tokens: counters.prompt_tokens,
             computed_tokens: counters.computed_tokens,
             reused_tokens: counters.reused_tokens,

@@ -1,24 +1,32 @@
-//! Runs an engine on a thread of its own, and the journal on another.
+//! Runs an engine on a thread of its own, and journals on another, for one pipeline or several at once.
+//!
+//! What belongs to the engine is the [`Runner`]'s; what belongs to a pipeline comes with its work, as a [`WorkContext`].
+//! A pipeline that ends or fails takes its own works out of the engine and no others; a failure of the engine is one of
+//! all that use it, by [`Failure::caused_by`].
 //!
 //! The way of an answer: engine → journal (durable) → mailbox → operator. While the journal writes, the
-//! engine goes on; all answers that finished meanwhile share the journal's next transaction. Queues are
-//! bounded by what `group` hands out, so sending never blocks.
+//! engine goes on; all answers that finished meanwhile share the journal's next transaction. Between two steps, works
+//! whose lease is revoked leave the engine without an answer. Queues are bounded by what `group` hands out, so sending
+//! never blocks.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use tidemill_kernels::step::SamplingParams;
+use tidemill_kernels::step::{SamplingParams, StepError};
 use timely::scheduling::SyncActivator;
 
-use super::Failure;
 use super::engine::{Engine, EngineStats};
-use super::sequence::{Finished, SequenceId, SequenceRequest, SharedPrefix};
+use super::load::EngineLoad;
+use super::scheduler;
+use super::sequence::{Finished, OwnerId, Priority, SequenceId, SequenceRequest, SharedPrefix};
+use super::{Failure, Stop};
 use crate::counters::Counters;
-use crate::document::Generated;
+use crate::document::{Generated, Lease};
+use crate::in_flight::TokensInFlight;
 use crate::journal::{Journal, JournalKey};
+use crate::tenants::Tenants;
 use crate::tokenize::TextModel;
 
 /// A prompt on its way to the engine, with where the answer goes.
@@ -31,28 +39,47 @@ pub struct Work {
     pub sampling: SamplingParams,
     pub step: Arc<str>,
     pub shared: Arc<[SharedPrefix]>,
+    /// Revoked, the work is given up between two steps and replied to as canceled.
+    pub lease: Lease,
+    pub context: Arc<WorkContext>,
     pub reply: Arc<Mailbox>,
 }
 
-/// Answers waiting for an operator, which is woken for them.
+impl Work {
+    /// Of prompt and answer, in tokens.
+    fn max_len(&self) -> u64 {
+        self.token_ids.len() as u64 + u64::from(self.max_tokens)
+    }
+}
+
+/// What an operator is told of its work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    Answer(Generated),
+    /// The lease was revoked.
+    Canceled,
+}
+
+/// Replies waiting for an operator, which is woken for them. Each work is replied to once, or never if its pipeline is
+/// over.
 pub struct Mailbox {
-    answers: Mutex<Vec<(u64, Generated)>>,
+    replies: Mutex<Vec<(u64, Reply)>>,
     operator: SyncActivator,
 }
 
 impl Mailbox {
     pub fn new(operator: SyncActivator) -> Self {
-        Self { answers: Mutex::new(Vec::new()), operator }
+        Self { replies: Mutex::new(Vec::new()), operator }
     }
 
-    fn put(&self, tag: u64, generated: Generated) {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner).push((tag, generated));
+    fn put(&self, tag: u64, reply: Reply) {
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner).push((tag, reply));
         // Fails only when the worker is gone, and then nobody needs waking.
         let _ = self.operator.activate();
     }
 
-    pub fn take(&self) -> Vec<(u64, Generated)> {
-        std::mem::take(&mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner))
+    pub fn take(&self) -> Vec<(u64, Reply)> {
+        std::mem::take(&mut *self.replies.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -60,6 +87,8 @@ impl Mailbox {
 #[derive(Clone)]
 pub struct EngineHandle {
     work: Sender<Work>,
+    failure: Failure,
+    load: Arc<EngineLoad>,
 }
 
 impl EngineHandle {
@@ -67,20 +96,38 @@ impl EngineHandle {
     pub fn submit(&self, work: Work) {
         let _ = self.work.send(work);
     }
+
+    /// What breaks the engine, and so all that use it.
+    pub fn failure(&self) -> &Failure {
+        &self.failure
+    }
+
+    /// How busy the engine is.
+    pub fn load(&self) -> &Arc<EngineLoad> {
+        &self.load
+    }
 }
 
-/// What the threads of a runner share.
-#[derive(Clone)]
-pub struct RunnerContext {
-    pub text: Arc<TextModel>,
+/// What belongs to a pipeline and goes with its work.
+pub struct WorkContext {
+    /// Of all its prompts, before those of other pipelines.
+    pub priority: Priority,
     pub journal: Option<Journal>,
     pub counters: Arc<Counters>,
+    pub tenants: Arc<Tenants>,
+    pub tokens: Arc<TokensInFlight>,
     pub failure: Failure,
-    /// Set to end without finishing what is queued.
-    pub cancel: Arc<AtomicBool>,
+    pub stop: Stop,
 }
 
-/// The threads behind one engine; they end when every handle is dropped or `cancel` is set.
+impl WorkContext {
+    /// Nobody waits for the pipeline's answers any more.
+    pub fn is_over(&self) -> bool {
+        self.stop.is_set() || self.failure.is_reported()
+    }
+}
+
+/// The threads behind one engine; they end when every handle is dropped or the engine fails.
 pub struct Runner {
     engine: JoinHandle<EngineStats>,
     journal: JoinHandle<()>,
@@ -88,30 +135,37 @@ pub struct Runner {
 
 impl Runner {
     /// Starts both threads.
-    pub fn start(engine: Engine, context: RunnerContext) -> std::io::Result<(Self, EngineHandle)> {
+    pub fn start(engine: Engine, text: Arc<TextModel>) -> std::io::Result<(Self, EngineHandle)> {
+        let failure = Failure::default();
+        let load = Arc::new(EngineLoad::default());
+        load.update(&engine, 0);
         let (work, queue) = channel();
         let (done, answers) = channel();
-        let (journal_context, failure) = (context.clone(), context.failure.clone());
+        let watched = failure.clone();
         let journal = std::thread::Builder::new().name("journal".to_owned()).spawn(move || {
-            let _watch = journal_context.failure.watch("journal");
-            write_journal(&answers, &journal_context);
+            let _watch = watched.watch("journal");
+            write_journals(&answers);
         })?;
+        let (watched, engine_load) = (failure.clone(), Arc::clone(&load));
         let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
-            let _watch = failure.watch("engine");
+            let _watch = watched.watch("engine");
             let mut driver = Driver {
                 engine,
-                context,
+                text,
+                failure: watched.clone(),
+                owners: Vec::new(),
                 open: BTreeMap::new(),
+                open_tokens: 0,
+                load: engine_load,
                 next_id: 0,
                 done,
-                counted: EngineStats::default(),
             };
             if let Err(error) = driver.run(&queue) {
-                failure.fail(&error);
+                watched.fail(&error);
             }
             driver.engine.stats()
         })?;
-        Ok((Self { engine, journal }, EngineHandle { work }))
+        Ok((Self { engine, journal }, EngineHandle { work, failure, load }))
     }
 
     /// Waits for both threads; all handles must be dropped before.
@@ -129,23 +183,32 @@ struct Answer {
     tag: u64,
     key: JournalKey,
     generated: Generated,
+    context: Arc<WorkContext>,
     reply: Arc<Mailbox>,
+}
+
+/// A pipeline that has given work, and what was counted for it.
+struct Owner {
+    context: Arc<WorkContext>,
+    counted: scheduler::Counters,
 }
 
 struct Driver {
     engine: Engine,
-    context: RunnerContext,
+    text: Arc<TextModel>,
+    failure: Failure,
+    /// Indexed by owner; they stay as long as the engine, and there are as many as pipelines.
+    owners: Vec<Owner>,
     open: BTreeMap<SequenceId, Work>,
+    /// Of the open works.
+    open_tokens: u64,
+    load: Arc<EngineLoad>,
     next_id: u64,
     done: Sender<Answer>,
-    /// What [`count`](Self::count) has seen of the engine's totals.
-    counted: EngineStats,
 }
 
 #[derive(Debug, thiserror::Error)]
-enum RunnerError {
-    #[error(transparent)]
-    Step(#[from] tidemill_kernels::step::StepError),
+enum WorkError {
     #[error("prompt was accepted by `tokenize` and refused by the engine")]
     Submit(#[from] super::engine::SubmitError),
     #[error("cannot decode an answer")]
@@ -153,89 +216,138 @@ enum RunnerError {
 }
 
 impl Driver {
-    fn run(&mut self, queue: &Receiver<Work>) -> Result<(), RunnerError> {
+    fn run(&mut self, queue: &Receiver<Work>) -> Result<(), StepError> {
         loop {
             if !self.engine.has_work() {
                 match queue.recv() {
-                    Ok(work) => self.submit(work)?,
+                    Ok(work) => self.submit(work),
                     Err(_) => return Ok(()),
                 }
             }
             while let Ok(work) = queue.try_recv() {
-                self.submit(work)?;
+                self.submit(work);
             }
-            if self.context.cancel.load(Ordering::Acquire) || self.context.failure.get().is_some() {
+            if self.failure.is_reported() {
                 return Ok(());
             }
+            self.cancel();
             let finished = self.engine.step()?;
             self.count();
             for finished in finished {
-                self.finish(finished)?;
+                self.finish(finished);
+            }
+            self.load.update(&self.engine, self.open_tokens);
+        }
+    }
+
+    /// Takes out the works whose lease is revoked, and those of pipelines that are over.
+    fn cancel(&mut self) {
+        let is_canceled = |work: &Work| work.lease.is_revoked() || work.context.is_over();
+        for (id, work) in self.open.extract_if(.., |_, work| is_canceled(work)) {
+            let is_known = self.engine.abort(id);
+            assert!(is_known, "an open work is not in the engine");
+            self.open_tokens -= work.max_len();
+            // Without a reply an epoch never closes: what a pipeline that is over leaves undone must not look done.
+            if work.lease.is_revoked() {
+                work.reply.put(work.tag, Reply::Canceled);
             }
         }
     }
 
-    /// Adds what the last step did to the run's totals, so that progress shows long prompts too.
+    /// Adds what the last step did to the totals of each pipeline, so that progress shows long prompts too.
     fn count(&mut self) {
-        let now = self.engine.stats();
-        let before = std::mem::replace(&mut self.counted, now);
-        let counters = &self.context.counters;
-        let prompt =
-            |stats: &EngineStats| stats.computed_tokens + stats.reused_tokens - stats.recomputed_tokens;
-        // Wraps both ways: a preemption may move tokens from one count to another.
-        Counters::add(&counters.prompt_tokens, prompt(&now).wrapping_sub(prompt(&before)));
-        Counters::add(&counters.computed_tokens, now.computed_tokens - before.computed_tokens);
-        Counters::add(&counters.recomputed_tokens, now.recomputed_tokens - before.recomputed_tokens);
-        Counters::add(&counters.reused_tokens, now.reused_tokens - before.reused_tokens);
-        Counters::add(&counters.output_tokens, now.output_tokens - before.output_tokens);
+        for (index, owner) in self.owners.iter_mut().enumerate() {
+            let now = self.engine.counters_of(OwnerId(index as u32));
+            let before = std::mem::replace(&mut owner.counted, now);
+            let counters = &owner.context.counters;
+            let prompt = |counted: &scheduler::Counters| {
+                counted.computed_tokens + counted.reused_tokens - counted.recomputed_tokens
+            };
+            // Wraps both ways: a preemption may move tokens from one count to another.
+            Counters::add(&counters.prompt_tokens, prompt(&now).wrapping_sub(prompt(&before)));
+            Counters::add(&counters.computed_tokens, now.computed_tokens - before.computed_tokens);
+            Counters::add(&counters.recomputed_tokens, now.recomputed_tokens - before.recomputed_tokens);
+            Counters::add(&counters.reused_tokens, now.reused_tokens - before.reused_tokens);
+            Counters::add(&counters.output_tokens, now.output_tokens - before.output_tokens);
+            Counters::add(&counters.preemptions, now.preemptions - before.preemptions);
+        }
     }
 
-    fn submit(&mut self, work: Work) -> Result<(), RunnerError> {
+    /// The number of a pipeline, which is new or has given work before.
+    fn owner(&mut self, context: &Arc<WorkContext>) -> OwnerId {
+        let known = self.owners.iter().position(|owner| Arc::ptr_eq(&owner.context, context));
+        let index = known.unwrap_or_else(|| {
+            let counted = scheduler::Counters::default();
+            self.owners.push(Owner { context: Arc::clone(context), counted });
+            self.owners.len() - 1
+        });
+        OwnerId(index as u32)
+    }
+
+    /// A prompt that the engine refuses is a failure of its pipeline.
+    fn submit(&mut self, work: Work) {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         tracing::debug!(target: "tidemill::ledger", key = %work.key, tokens = work.token_ids.len(), "compute");
-        self.engine.submit(SequenceRequest {
+        let owner = self.owner(&work.context);
+        let submitted = self.engine.submit(SequenceRequest {
             id,
             token_ids: Arc::clone(&work.token_ids),
             max_tokens: work.max_tokens,
             sampling: work.sampling,
+            owner,
+            priority: work.context.priority,
             step: Arc::clone(&work.step),
             shared: Arc::clone(&work.shared),
-        })?;
-        self.open.insert(id, work);
-        Ok(())
+        });
+        match submitted {
+            Ok(()) => {
+                self.open_tokens += work.max_len();
+                self.open.insert(id, work);
+            }
+            Err(error) => work.context.failure.fail(&WorkError::from(error)),
+        }
     }
 
-    fn finish(&mut self, finished: Finished) -> Result<(), RunnerError> {
+    fn finish(&mut self, finished: Finished) {
         let work = self.open.remove(&finished.id).expect("the engine answers what it was asked");
-        let tokenizer = &self.context.text.tokenizer;
+        self.open_tokens -= work.max_len();
+        let text = match self.text.tokenizer.decode(&finished.token_ids) {
+            Ok(text) => text,
+            Err(error) => return work.context.failure.fail(&WorkError::from(error)),
+        };
         let generated = Generated {
-            text: tokenizer.decode(&finished.token_ids)?,
+            text,
             finish_reason: finished.reason,
             prompt_len: finished.prompt_len,
             output_len: finished.token_ids.len() as u32,
         };
-        let answer = Answer { tag: work.tag, key: work.key, generated, reply: work.reply };
+        let Work { tag, key, context, reply, .. } = work;
         // The journal's thread ends only after this one, or on a failure that is reported already.
-        let _ = self.done.send(answer);
-        Ok(())
+        let _ = self.done.send(Answer { tag, key, generated, context, reply });
     }
 }
 
-/// Writes answers as they come; those that came during one write share the next.
-fn write_journal(answers: &Receiver<Answer>, context: &RunnerContext) {
+/// Writes answers as they come, each to the journal of its pipeline; those that came during one write share the next.
+fn write_journals(answers: &Receiver<Answer>) {
     while let Ok(first) = answers.recv() {
-        let mut batch = vec![first];
-        batch.extend(answers.try_iter());
-        if let Some(journal) = &context.journal {
+        let mut rest = vec![first];
+        rest.extend(answers.try_iter());
+        while let Some(context) = rest.first().map(|answer| Arc::clone(&answer.context)) {
+            let batch: Vec<Answer> =
+                rest.extract_if(.., |answer| Arc::ptr_eq(&answer.context, &context)).collect();
             let entries: Vec<_> = batch.iter().map(|answer| (answer.key, &answer.generated)).collect();
-            if let Err(error) = journal.put(&entries) {
+            if let Some(Err(error)) = context.journal.as_ref().map(|journal| journal.put(&entries)) {
+                // Nothing goes on that is not durable, but other pipelines do.
                 context.failure.fail(&error);
-                return;
+                continue;
             }
-        }
-        for answer in batch {
-            answer.reply.put(answer.tag, answer.generated);
+            for answer in batch {
+                answer.reply.put(answer.tag, Reply::Answer(answer.generated));
+            }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

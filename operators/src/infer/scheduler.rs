@@ -1,21 +1,23 @@
 //! Decides which sequences run in a step and for how many tokens, and moves their KV pages.
 //!
 //! The algorithm is that of the vLLM v1 scheduler: no prefill or decode phases, only tokens not yet computed. One
-//! budget of tokens a step goes to sequences with a single uncomputed token first (decodes), then to running
-//! prefills in order of admission, then to waiting sequences in order of submission; so a step mixes decodes with
-//! chunks of prompts. A sequence is admitted with pages for all its known tokens, if a forecast says that the answers
+//! budget of tokens a step goes to one priority after the other; within a priority to sequences with a single
+//! uncomputed token first (decodes), then to running prefills in order of admission, then to waiting sequences in
+//! order of submission; so a step mixes decodes with chunks of prompts. A sequence is admitted with pages for all its known tokens, if a forecast says that the answers
 //! will find room too ([`admission`]), and needs another page only when its answer crosses a page boundary. When
 //! there is none, the sequence that costs least to compute again is preempted: it returns to its place in the
-//! waiting queue. Nothing is ever dropped.
+//! waiting queue. Nothing is ever dropped. Sequences of lower priority give way to one that cannot be admitted.
 //!
 //! Invariants: a page that a step writes has one holder. What is in the prefix cache was computed by an earlier
-//! step. The oldest running sequence is never preempted, and whoever fits the cache alone is admitted when nothing
-//! else runs; so every sequence finishes.
+//! step. Nobody is preempted for one of lower priority, nor the oldest of a priority for its equals; and whoever
+//! fits the cache alone is admitted when nothing else runs; so every sequence finishes, unless those of higher
+//! priority keep coming for ever.
 
 mod admission;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::step::{PageCopy, PageId, StepBatch, StepOutput};
@@ -24,7 +26,7 @@ use super::engine::EngineConfig;
 use super::forecast::AnswerLengths;
 use super::page_pool::{PageHolder, PagePool};
 use super::prefix_cache::PrefixCache;
-use super::sequence::{Finished, Sequence, SequenceRequest};
+use super::sequence::{Finished, OwnerId, Priority, Sequence, SequenceId, SequenceRequest};
 use admission::Admission;
 
 /// How many waiting sequences are considered in a step while those before them wait for a shared prefix.
@@ -41,6 +43,8 @@ pub struct StepPlan {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     pub finished: u64,
+    pub aborted: u64,
+    pub aborted_tokens: u64,
     pub prompt_tokens: u64,
     pub computed_tokens: u64,
     pub reused_tokens: u64,
@@ -61,17 +65,20 @@ pub struct Scheduler {
     pool: PagePool,
     /// Stays empty when the configuration says so.
     cache: PrefixCache,
-    /// In order of submission.
+    /// By priority, then in order of submission.
     waiting: VecDeque<Sequence>,
-    /// In order of admission.
+    /// By priority, then in order of admission.
     running: Vec<Sequence>,
     plan: StepPlan,
     /// Planned and not committed. A step that failed is tried again as it was, since it may have written some pages.
     is_planned: bool,
-    /// By step of the pipeline.
-    answer_lengths: BTreeMap<Arc<str>, AnswerLengths>,
+    /// Running sequences to give up with the next commit: the planned step may be writing their pages.
+    aborting: BTreeSet<SequenceId>,
+    answer_lengths: BTreeMap<(OwnerId, Arc<str>), AnswerLengths>,
     num_submitted: u64,
     counters: Counters,
+    /// What of `counters` is each owner's; indexed by owner.
+    owned: Vec<Counters>,
 }
 
 impl Scheduler {
@@ -88,9 +95,11 @@ impl Scheduler {
             running: Vec::new(),
             plan: StepPlan::default(),
             is_planned: false,
+            aborting: BTreeSet::new(),
             answer_lengths: BTreeMap::new(),
             num_submitted: 0,
             counters: Counters::default(),
+            owned: Vec::new(),
         }
     }
 
@@ -100,8 +109,25 @@ impl Scheduler {
         let max_len = sequence.prompt_len + sequence.max_tokens;
         assert!(max_len <= self.pool.num_pages() * self.page_size, "the sequence could never finish");
         self.num_submitted += 1;
-        self.counters.prompt_tokens += sequence.prompt_len as u64;
-        self.waiting.push_back(sequence);
+        self.count(sequence.owner, |counters| counters.prompt_tokens += sequence.prompt_len as u64);
+        self.wait(sequence);
+    }
+
+    /// Gives up a sequence and its pages, at once or when the planned step is done. False if there is none of this name.
+    pub fn abort(&mut self, id: SequenceId) -> bool {
+        if let Some(index) = self.waiting.iter().position(|sequence| sequence.id == id) {
+            let sequence = self.waiting.remove(index).expect("it was just found");
+            self.forget(&sequence);
+            return true;
+        }
+        let Some(index) = self.running.iter().position(|sequence| sequence.id == id) else { return false };
+        if self.is_planned {
+            return self.aborting.insert(id);
+        }
+        let mut sequence = self.running.remove(index);
+        self.release(&mut sequence);
+        self.forget(&sequence);
+        true
     }
 
     /// Plans the next step. Without [`commit`](Self::commit) the plan stays as it is.
@@ -112,9 +138,13 @@ impl Scheduler {
         let mut budget = self.config.max_num_batched_tokens;
         self.plan.chunk_lens.clear();
         self.plan.chunk_lens.resize(self.running.len(), 0);
-        self.plan_decodes(&mut budget);
-        self.plan_prefills(&mut budget);
-        self.plan_admissions(&mut budget);
+        let mut admits = true;
+        for priority in Priority::ALL {
+            self.plan_decodes(priority, &mut budget);
+            self.plan_prefills(priority, &mut budget);
+            // Who waits for room must not see it taken by lower priorities.
+            admits = admits && self.plan_admissions(priority, &mut budget);
+        }
         self.counters.peak_running = self.counters.peak_running.max(self.running.len() as u64);
         self.check_plan();
         self.is_planned = !self.running.is_empty();
@@ -150,42 +180,53 @@ impl Scheduler {
         assert_eq!(chunk_lens.len(), self.running.len(), "commit without a plan");
         let running = std::mem::take(&mut self.running);
         for (mut sequence, chunk_len) in running.into_iter().zip(chunk_lens.drain(..)) {
-            if chunk_len == 0 {
-                self.running.push(sequence);
+            let mut token_id = None;
+            if chunk_len > 0 {
+                token_id = *sampled.next().expect("the output has one entry a planned sequence");
+                self.drop_copy(&mut sequence);
+                self.advance(&mut sequence, chunk_len);
+            }
+            if self.aborting.remove(&sequence.id) {
+                self.release(&mut sequence);
+                self.forget(&sequence);
                 continue;
             }
-            let token_id = *sampled.next().expect("the output has one entry a planned sequence");
-            self.drop_copy(&mut sequence);
-            self.advance(&mut sequence, chunk_len);
-            if sequence.computed_len < sequence.known_len() {
+            if chunk_len == 0 || sequence.computed_len < sequence.known_len() {
                 self.running.push(sequence);
                 continue;
             }
             let answer_len = sequence.known_len();
             let reason = sequence.push_sampled(token_id.expect("a token was sampled"), eos_token_ids);
-            self.counters.output_tokens += (sequence.known_len() - answer_len) as u64;
+            let num_new = (sequence.known_len() - answer_len) as u64;
+            self.count(sequence.owner, |counters| counters.output_tokens += num_new);
             match reason {
                 None => self.running.push(sequence),
                 Some(reason) => {
                     self.release(&mut sequence);
-                    self.counters.finished += 1;
-                    self.learn(&sequence.step, sequence.answer_len());
+                    self.count(sequence.owner, |counters| counters.finished += 1);
+                    self.learn(sequence.owner, &sequence.step, sequence.answer_len());
                     finished.push(sequence.finish(reason));
                 }
             }
         }
         assert!(sampled.next().is_none(), "the output has more entries than the plan");
+        assert!(self.aborting.is_empty(), "only running sequences are aborted with a commit");
         self.plan.chunk_lens = chunk_lens;
         finished
     }
 
     /// Expects answers of a step to be like this one.
-    pub fn learn(&mut self, step: &Arc<str>, answer_len: usize) {
-        self.answer_lengths.entry(Arc::clone(step)).or_default().add(answer_len);
+    pub fn learn(&mut self, owner: OwnerId, step: &Arc<str>, answer_len: usize) {
+        self.answer_lengths.entry((owner, Arc::clone(step))).or_default().add(answer_len);
     }
 
     pub fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// What of the counters is this owner's; `peak_running` is nobody's.
+    pub fn counters_of(&self, owner: OwnerId) -> Counters {
+        self.owned.get(owner.0 as usize).copied().unwrap_or_default()
     }
 
     pub fn num_waiting(&self) -> usize {
@@ -210,9 +251,9 @@ impl Scheduler {
         self.cache.num_idle()
     }
 
-    fn plan_decodes(&mut self, budget: &mut usize) {
-        let mut index = 0;
-        while index < self.running.len() && *budget > 0 {
+    fn plan_decodes(&mut self, priority: Priority, budget: &mut usize) {
+        let mut index = self.running.partition_point(|other| other.priority < priority);
+        while self.running.get(index).is_some_and(|next| next.priority == priority) && *budget > 0 {
             if self.running[index].uncomputed_len() > 1 {
                 index += 1;
             } else if self.extend_pages(&mut index, budget) {
@@ -223,34 +264,47 @@ impl Scheduler {
         }
     }
 
-    fn plan_prefills(&mut self, budget: &mut usize) {
+    fn plan_prefills(&mut self, priority: Priority, budget: &mut usize) {
         for (sequence, chunk_len) in self.running.iter().zip(&mut self.plan.chunk_lens) {
             let uncomputed_len = sequence.uncomputed_len();
-            if uncomputed_len > 1 {
+            if sequence.priority == priority && uncomputed_len > 1 {
                 *chunk_len = uncomputed_len.min(*budget);
                 *budget -= *chunk_len;
             }
         }
     }
 
-    fn plan_admissions(&mut self, budget: &mut usize) {
-        let mut index = 0;
-        while *budget > 0 && self.running.len() < self.config.max_num_seqs {
-            if index >= self.waiting.len().min(MAX_LOOKAHEAD) {
-                break;
+    /// Admits sequences of a priority; those of lower priority that run give way where that helps. False if somebody
+    /// lacks room.
+    fn plan_admissions(&mut self, priority: Priority, budget: &mut usize) -> bool {
+        let mut index = self.waiting.partition_point(|other| other.priority < priority);
+        let end = index + MAX_LOOKAHEAD;
+        let is_next = |next: &Sequence| next.priority == priority;
+        while *budget > 0 && index < end && self.waiting.get(index).is_some_and(is_next) {
+            let is_full = self.running.len() == self.config.max_num_seqs;
+            if is_full && self.awaits_sibling(index) {
+                index += 1;
+                continue;
+            }
+            if is_full && !self.make_way(priority) {
+                return false;
             }
             match self.admit(index) {
-                Admission::Admitted => {
-                    let sequence = self.running.last().expect("it was just admitted");
-                    let chunk_len = sequence.uncomputed_len().min(*budget);
-                    self.plan.chunk_lens.push(chunk_len);
+                Admission::Admitted(at) => {
+                    let chunk_len = self.running[at].uncomputed_len().min(*budget);
+                    self.plan.chunk_lens.insert(at, chunk_len);
                     *budget -= chunk_len;
                 }
                 Admission::AwaitsSibling => index += 1,
                 // Overtaking would let short prompts keep a long one out for ever.
-                Admission::OutOfPages => break,
+                Admission::OutOfPages => {
+                    if !self.fits_without_lower(index) || !self.make_way(priority) {
+                        return false;
+                    }
+                }
             }
         }
+        true
     }
 
     /// Makes sure the next token of a running sequence has a page, at the cost of others; false when the sequence
@@ -265,9 +319,8 @@ impl Scheduler {
                 self.running[*index].pages.push(page);
                 return true;
             }
-            let victim = self.cheapest_victim();
-            *budget += self.plan.chunk_lens.remove(victim);
-            self.preempt(victim);
+            let victim = self.cheapest_victim(*index);
+            *budget += self.preempt(victim);
             if victim == *index {
                 return false;
             }
@@ -275,25 +328,60 @@ impl Scheduler {
         }
     }
 
-    /// Of the running sequences but the oldest, the one that loses the fewest tokens; the newest of equals. Tokens in
-    /// pages that others use are not lost, and who has no other pages is of no help.
-    fn cheapest_victim(&self) -> usize {
-        assert!(self.running.len() > 1, "a sequence that fits the cache alone has no page");
-        let cost = |index: &usize| {
+    /// Who gives way to a running sequence that needs a page: one of its equals or of lower priority, but not the oldest
+    /// of its equals; itself if there is no other.
+    fn cheapest_victim(&self, index: usize) -> usize {
+        let priority = self.running[index].priority;
+        let oldest = self.running.partition_point(|other| other.priority < priority);
+        let victim = self.cheapest_of(oldest + 1..self.running.len());
+        assert!(victim.is_some() || index > 0, "a sequence that fits the cache alone has no page");
+        victim.unwrap_or(index)
+    }
+
+    /// The lowest priority first; of equals the one that loses the fewest tokens, then the newest. Tokens in pages that
+    /// others use are not lost, and who has no other pages is of no help.
+    fn cheapest_of(&self, candidates: Range<usize>) -> Option<usize> {
+        candidates.min_by_key(|index| {
             let sequence = &self.running[*index];
             let num_own_pages = self.num_own_pages(sequence);
             let kept_len = (sequence.pages.len() - num_own_pages) * self.page_size;
-            (num_own_pages == 0, sequence.computed_len.saturating_sub(kept_len), Reverse(*index))
-        };
-        (1..self.running.len()).min_by_key(cost).expect("two or more run")
+            let lost_len = sequence.computed_len.saturating_sub(kept_len);
+            (num_own_pages == 0, Reverse(sequence.priority), lost_len, Reverse(*index))
+        })
     }
 
-    fn preempt(&mut self, index: usize) {
+    /// Preempts one sequence of lower priority, if any runs. They have no part in the plan yet.
+    fn make_way(&mut self, priority: Priority) -> bool {
+        let first = self.running.partition_point(|other| other.priority <= priority);
+        let Some(victim) = self.cheapest_of(first..self.running.len()) else { return false };
+        let planned_len = self.preempt(victim);
+        assert_eq!(planned_len, 0, "a lower priority was planned before a higher one");
+        true
+    }
+
+    /// Returns what of the budget the sequence had.
+    fn preempt(&mut self, index: usize) -> usize {
         let mut sequence = self.running.remove(index);
         self.release(&mut sequence);
-        self.counters.preemptions += 1;
-        let place = self.waiting.partition_point(|other| other.serial < sequence.serial);
+        self.count(sequence.owner, |counters| counters.preemptions += 1);
+        self.wait(sequence);
+        self.plan.chunk_lens.remove(index)
+    }
+
+    /// Puts a sequence in its place among those that wait.
+    fn wait(&mut self, sequence: Sequence) {
+        let place = self.waiting.partition_point(|other| other.place() < sequence.place());
         self.waiting.insert(place, sequence);
+    }
+
+    /// Counts a sequence that is given up.
+    fn forget(&mut self, sequence: &Sequence) {
+        assert!(sequence.pages.is_empty(), "given up with pages");
+        let num_unseen = sequence.num_prompt_tokens(sequence.seen_len, usize::MAX) as u64;
+        self.count(sequence.owner, |counters| {
+            counters.aborted += 1;
+            counters.aborted_tokens += num_unseen;
+        });
     }
 
     /// Pages that nobody else uses: the last ones of the page table.
@@ -316,11 +404,13 @@ impl Scheduler {
         let (first, end) = (sequence.computed_len, sequence.computed_len + chunk_len);
         let num_computed = sequence.num_prompt_tokens(first, end);
         sequence.num_computed += num_computed as u32;
-        self.counters.computed_tokens += num_computed as u64;
         let seen_end = end.min(sequence.seen_len);
         let num_recomputed = sequence.num_prompt_tokens(first, seen_end);
-        self.counters.recomputed_tokens += num_recomputed as u64;
-        self.counters.recomputed_output_tokens += (seen_end.saturating_sub(first) - num_recomputed) as u64;
+        self.count(sequence.owner, |counters| {
+            counters.computed_tokens += num_computed as u64;
+            counters.recomputed_tokens += num_recomputed as u64;
+            counters.recomputed_output_tokens += (seen_end.saturating_sub(first) - num_recomputed) as u64;
+        });
         sequence.computed_len = end;
         sequence.seen_len = sequence.seen_len.max(end);
         if !self.config.enable_prefix_cache {
@@ -361,6 +451,14 @@ impl Scheduler {
         sequence.num_shared_pages = 0;
         sequence.copied_end = 0;
         sequence.computed_len = 0;
+    }
+
+    /// Counts in the totals and for the owner.
+    fn count(&mut self, owner: OwnerId, change: impl Fn(&mut Counters)) {
+        let index = owner.0 as usize;
+        self.owned.resize_with(self.owned.len().max(index + 1), Counters::default);
+        change(&mut self.counters);
+        change(&mut self.owned[index]);
     }
 
     fn check_plan(&self) {

@@ -13,6 +13,25 @@ use tidemill_kernels::step::{PageId, SamplingParams};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
 
+/// Whose a sequence is; work is counted, and answer lengths are learned, for each owner. Small numbers from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OwnerId(pub u32);
+
+/// Who goes first; no answer depends on it. Within a priority the order of submission counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Priority {
+    High,
+    #[default]
+    Normal,
+    Low,
+}
+
+impl Priority {
+    /// The first to be served first.
+    pub const ALL: [Self; 3] = [Self::High, Self::Normal, Self::Low];
+}
+
 /// So many prompts that will be submitted later begin with the same `len` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedPrefix {
@@ -28,7 +47,9 @@ pub struct SequenceRequest {
     /// The answer ends here at the latest; at least 1.
     pub max_tokens: u32,
     pub sampling: SamplingParams,
-    /// The pipeline's step; how long answers become is learned for each.
+    pub owner: OwnerId,
+    pub priority: Priority,
+    /// The owner's step; how long answers become is learned for each.
     pub step: Arc<str>,
     /// Longer prefixes have fewer users. Empty if nothing is known; no answer depends on it.
     pub shared: Arc<[SharedPrefix]>,
@@ -37,7 +58,9 @@ pub struct SequenceRequest {
 impl SequenceRequest {
     /// A prompt of which nothing more is known.
     pub fn new(id: SequenceId, token_ids: Arc<[u32]>, max_tokens: u32, sampling: SamplingParams) -> Self {
-        Self { id, token_ids, max_tokens, sampling, step: "".into(), shared: Arc::default() }
+        let (owner, priority, step, shared) =
+            (OwnerId::default(), Priority::default(), "".into(), Arc::default());
+        Self { id, token_ids, max_tokens, sampling, owner, priority, step, shared }
     }
 }
 
@@ -89,6 +112,8 @@ pub struct Sequence {
     pub id: SequenceId,
     /// Place in the order of submission.
     pub serial: u64,
+    pub owner: OwnerId,
+    pub priority: Priority,
     pub step: Arc<str>,
     pub shared: Arc<[SharedPrefix]>,
     /// The prompt, then the answer so far.
@@ -121,6 +146,8 @@ impl Sequence {
         Self {
             id: request.id,
             serial,
+            owner: request.owner,
+            priority: request.priority,
             step: Arc::clone(&request.step),
             shared: Arc::clone(&request.shared),
             token_ids: request.token_ids.to_vec(),
@@ -136,6 +163,11 @@ impl Sequence {
             num_computed: 0,
             num_reused: 0,
         }
+    }
+
+    /// Place in the waiting queue.
+    pub fn place(&self) -> (Priority, u64) {
+        (self.priority, self.serial)
     }
 
     /// Tokens known, computed or not.

@@ -9,7 +9,7 @@ use arrow::record_batch::RecordBatch;
 use expect_test::{Expect, expect};
 
 use super::*;
-use crate::document::{DocumentId, Generated};
+use crate::document::{DocumentId, Generated, Lease};
 use crate::infer::sequence::FinishReason;
 
 fn document() -> Document {
@@ -28,7 +28,7 @@ fn document() -> Document {
         ("price", Arc::new(Decimal128Array::from(vec![1250]).with_precision_and_scale(6, 2).unwrap()), true),
     ])
     .unwrap();
-    let mut document = Document::new(DocumentId { file: 0, row: 3 }, Arc::new(rows), 0);
+    let mut document = Document::new(DocumentId { file: 0, row: 3 }, Arc::new(rows), 0, Lease::default());
     let summary = Generated {
         text: "Wet.".to_owned(),
         finish_reason: FinishReason::Stop,

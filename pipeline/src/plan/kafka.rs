@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use arrow::datatypes::Schema;
 use tidemill_connectors::kafka::KafkaError;
 use tidemill_connectors::kafka::broker::ProducerSpec;
 use tidemill_connectors::kafka::config::Cluster;
@@ -12,7 +13,8 @@ use tidemill_connectors::kafka::source::{KafkaSource, KafkaSourceSpec, Topics};
 use tidemill_connectors::kafka::stats::KafkaStats;
 use tidemill_connectors::source::BatchLimits;
 
-use super::{Result, chain};
+use super::steps::template;
+use super::{GeneratePlan, Result, chain};
 use crate::spec::kafka::{
     self, DeliverySpec, FormatName, KafkaTargetSpec, OptionValue, PartitionSpec, StartSpec,
 };
@@ -144,8 +146,21 @@ fn decoder(definition: &Definition, spec: &kafka::KafkaSourceSpec) -> Result<Dec
 }
 
 /// The sink's topics; `errors` is where refused records go.
-pub(super) fn target(definition: &Definition, spec: &KafkaTargetSpec) -> Result<TopicPlan> {
+pub(super) fn target(
+    definition: &Definition,
+    spec: &KafkaTargetSpec,
+    schema: &Schema,
+    steps: &[GeneratePlan],
+) -> Result<TopicPlan> {
     let key = "sink.kafka";
+    for (part, source) in [("key", &spec.key), ("value", &spec.value)] {
+        if let Some(source) = source {
+            template(definition, source, &format!("{key}.{part}"), schema, steps)?;
+        }
+    }
+    for (name, source) in &spec.headers {
+        template(definition, source, &format!("{key}.headers.{name}"), schema, steps)?;
+    }
     check_topic(definition, &spec.topic, &format!("{key}.topic"))?;
     let errors = definition.spec.errors.as_ref();
     if let Some(files) = errors.and_then(|errors| errors.parquet.as_ref().or(errors.jsonl.as_ref())) {

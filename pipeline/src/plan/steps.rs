@@ -75,6 +75,7 @@ fn generate(
         })?
         .map_or(DEFAULT_MAX_TOKENS, |max_tokens| max_tokens as u32),
         sampling: sampling(definition, spec, key)?,
+        tenant: definition.spec.tenants.as_ref().map(|tenants| tenants.by.value.clone()),
         uses,
     })
 }

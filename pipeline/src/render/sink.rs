@@ -291,7 +291,7 @@ impl Writer {
         };
         if over {
             self.report.over_budget = true;
-            self.shared.stop.store(true, Ordering::Release);
+            self.shared.stop.set();
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Reads the input on a thread of its own and lets it into the dataflow while there is credit.
 //!
 //! The source is the gate. It looks at the frontier of what the sink has written, and emits a batch only
-//! while documents and bytes in flight stay within the credit; otherwise batches wait in a short channel
+//! while documents, bytes and tokens in flight stay within the credit; otherwise batches wait in a short channel
 //! and the reading thread waits with them. So memory does not depend on the length of the input.
 
 use std::collections::VecDeque;
@@ -14,7 +14,9 @@ use tidemill_connectors::source::{Read, Source, SourceBatch, SourceError};
 use tidemill_operators::Epoch;
 use tidemill_operators::batch::Batch;
 use tidemill_operators::counters::Counters;
-use tidemill_operators::document::{Document, DocumentId, ErrorKind, Payload, RecordError};
+use tidemill_operators::document::{Document, DocumentId, ErrorKind, Lease, Payload, RecordError};
+use tidemill_operators::in_flight::TokensInFlight;
+use tidemill_operators::infer::load::EngineLoad;
 use timely::container::NoopBuilder;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::Operator;
@@ -24,6 +26,11 @@ use timely::scheduling::SyncActivator;
 use super::{EpochEnd, Shared};
 use crate::plan::CreditPlan;
 
+/// Without a credit in tokens, so many fillings of the KV cache may be in flight, and as many of what is free of it: a
+/// busy engine reads less far ahead. Prompts are grouped by prefix over what was read, so it is far.
+const KV_FILLINGS: u64 = 64;
+/// Batches of which the tokens are not known yet, for each worker: one to render and one to come.
+const MAX_UNRENDERED: usize = 2;
 /// Batches that wait outside the dataflow.
 const MAX_BATCHES_AHEAD: usize = 2;
 
@@ -101,6 +108,9 @@ fn pump(
 #[derive(Debug)]
 pub struct Gate {
     credit: CreditPlan,
+    tokens: Arc<TokensInFlight>,
+    loads: Vec<Arc<EngineLoad>>,
+    max_unrendered: usize,
     /// Oldest first: epoch, documents, bytes.
     open: VecDeque<(Epoch, u64, u64)>,
     documents: u64,
@@ -108,15 +118,32 @@ pub struct Gate {
 }
 
 impl Gate {
-    pub fn new(credit: CreditPlan) -> Self {
-        Self { credit, open: VecDeque::new(), documents: 0, bytes: 0 }
+    pub fn new(
+        credit: CreditPlan,
+        tokens: Arc<TokensInFlight>,
+        loads: Vec<Arc<EngineLoad>>,
+        num_workers: usize,
+    ) -> Self {
+        let max_unrendered = MAX_UNRENDERED * num_workers;
+        Self { credit, tokens, loads, max_unrendered, open: VecDeque::new(), documents: 0, bytes: 0 }
     }
 
-    /// One batch may always go, so that a batch beyond the credit is slow but not stuck.
+    /// One batch may always go, so that a batch beyond the credit is slow but not stuck. Tokens are known
+    /// once rendered, so they may exceed the credit by those of `max_unrendered` batches, and where a later step takes more.
     pub fn admits(&self, documents: u64, bytes: u64) -> bool {
         self.open.is_empty()
             || (self.documents + documents <= self.credit.documents
-                && self.bytes + bytes <= self.credit.bytes)
+                && self.bytes + bytes <= self.credit.bytes
+                && self.open.len() < self.tokens.num_known() + self.max_unrendered
+                && self.tokens.total() < self.token_credit())
+    }
+
+    fn token_credit(&self) -> u64 {
+        let by_kv_cache = || {
+            let kv_tokens: u64 = self.loads.iter().map(|load| load.kv_tokens() + load.kv_tokens_free()).sum();
+            kv_tokens.saturating_mul(KV_FILLINGS)
+        };
+        self.credit.tokens.unwrap_or_else(by_kv_cache)
     }
 
     pub fn enter(&mut self, epoch: Epoch, documents: u64, bytes: u64) {
@@ -132,6 +159,7 @@ impl Gate {
                 break;
             }
             self.open.pop_front();
+            self.tokens.remove(epoch);
             self.documents -= documents;
             self.bytes -= bytes;
         }
@@ -152,11 +180,15 @@ pub fn read<'scope>(
     let worker = written.scope().worker();
     written.unary_frontier::<NoopBuilder<Batch>, _, _, _>(Pipeline, "Source", move |capability, info| {
         let activator = worker.sync_activator_for(info.address.to_vec());
-        let queue = input.map(|input| input.start(&shared, activator));
+        let queue = input.map(|input| {
+            shared.work.tokens.wake(activator.clone());
+            input.start(&shared, activator)
+        });
         // A worker without input must not hold the frontier back.
         let mut capability = queue.is_some().then_some(capability);
         let mut waiting: Option<SourceBatch> = None;
-        let mut gate = Gate::new(shared.credit);
+        let mut gate =
+            Gate::new(shared.credit, Arc::clone(&shared.work.tokens), shared.loads.clone(), worker.peers());
         move |(input, frontier), output| {
             input.for_each(|_, _| {});
             let (Some(queue), Some(open)) = (&queue, capability.as_mut()) else { return };
@@ -184,6 +216,10 @@ pub fn read<'scope>(
                 let revoked = Arc::clone(&batch.revoked);
                 shared.epochs.insert(epoch, EpochEnd { position: batch.end, revoked });
                 gate.enter(epoch, documents, bytes);
+                if batch.row_numbers.is_empty() {
+                    // Nothing of it will be rendered.
+                    shared.work.tokens.add(epoch, 0);
+                }
                 Counters::add(&shared.counters.documents_read, documents);
                 shared.counters.observe_in_flight(gate.documents());
                 output.session_with_builder(&*open).give_container(&mut convert(batch));
@@ -202,32 +238,60 @@ fn convert(batch: SourceBatch) -> Batch {
     let rejected = batch.rejected.into_iter().enumerate().map(|(index, rejected)| {
         let id = DocumentId { file: rejected.file, row: rejected.row };
         let payload = match &rejected_rows {
-            Some(rows) => Payload::Row(Box::new(Document::new(id, Arc::clone(rows), index))),
+            Some(rows) => {
+                Payload::Row(Box::new(Document::new(id, Arc::clone(rows), index, Lease::default())))
+            }
             None => Payload::Raw(rejected.raw),
         };
         RecordError { id, step: None, kind: ErrorKind::Malformed, message: rejected.reason, payload }
     });
-    Batch::new(batch.rows, ids, rejected.collect())
+    Batch::new(batch.rows, ids, rejected.collect(), Lease::from(batch.revoked))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     #[test]
     fn the_gate_never_lets_in_more_than_the_credit() {
-        let mut gate = Gate::new(CreditPlan { documents: 10, bytes: 100 });
+        let credit = CreditPlan { documents: 10, bytes: 100, tokens: Some(50) };
+        let tokens = Arc::new(TokensInFlight::default());
+        let mut gate = Gate::new(credit, Arc::clone(&tokens), Vec::new(), 2);
         assert!(gate.admits(50, 1), "a single batch must not be stuck");
         let mut epoch = 0;
         while gate.admits(3, 20) {
             gate.enter(epoch, 3, 20);
+            tokens.add(epoch, 1);
             epoch += 1;
         }
         assert_eq!(gate.documents(), 9);
         assert!(!gate.admits(1, 90), "bytes count too");
         gate.leave(|epoch| epoch < 2);
         assert_eq!(gate.documents(), 3);
+        assert!(gate.admits(3, 20));
+        tokens.add(2, 49);
+        assert!(!gate.admits(3, 20), "tokens count too");
         gate.leave(|_| true);
+        assert!(gate.admits(3, 20));
+        assert_eq!(tokens.total(), 0);
         assert_eq!((gate.documents(), gate.bytes), (0, 0));
+        (3..7).for_each(|epoch| gate.enter(epoch, 1, 1));
+        assert!(!gate.admits(1, 1), "four batches of two workers are not rendered yet");
+        tokens.add(3, 0);
+        assert!(gate.admits(1, 1));
+    }
+
+    #[test]
+    fn a_busy_engine_reads_less_far_ahead() {
+        let load = Arc::new(EngineLoad::default());
+        load.kv_pages_total.store(10, Ordering::Relaxed);
+        load.page_size.store(16, Ordering::Relaxed);
+        let credit = CreditPlan { documents: 10, bytes: 100, tokens: None };
+        let gate = Gate::new(credit, Arc::default(), vec![Arc::clone(&load)], 1);
+        assert_eq!(gate.token_credit(), KV_FILLINGS * 2 * 160);
+        load.kv_pages_in_use.store(10, Ordering::Relaxed);
+        assert_eq!(gate.token_credit(), KV_FILLINGS * 160);
     }
 }

@@ -23,7 +23,7 @@ use crate::state::Slot;
 const JOURNAL: &str = "journal.redb";
 
 /// Both ends of a run.
-pub(super) struct Opened {
+pub(super) struct OpenEnds {
     pub(super) source: Box<dyn Source>,
     pub(super) target: Target,
     pub(super) resume: Resume,
@@ -32,7 +32,7 @@ pub(super) struct Opened {
     pub(super) slot: Option<Slot>,
 }
 
-pub(super) fn open(plan: &Plan, input: Input, options: &RunOptions) -> Result<Opened, RunError> {
+pub(super) fn open(plan: &Plan, input: Input, options: &RunOptions) -> Result<OpenEnds, RunError> {
     match &plan.sink.target {
         plan::Target::Files { sink, errors } => open_files(plan, input, options, sink, errors),
         plan::Target::Topics(topics) => open_topics(plan, input, options, topics),
@@ -54,7 +54,7 @@ fn open_files(
     options: &RunOptions,
     sink: &SinkSpec,
     errors: &SinkSpec,
-) -> Result<Opened, RunError> {
+) -> Result<OpenEnds, RunError> {
     if let Input::Topics(topics) = &mut input
         && options.until_end
     {
@@ -78,7 +78,7 @@ fn open_files(
     let journal_path = output.state_dir().map(|folder| folder.join(JOURNAL));
     let (rows, names) = (rows(plan, source.as_ref()), source.names());
     let target = Target::Files { output: Box::new(output), rows, names, checkpoint, may_finish };
-    Ok(Opened { source, target, resume, journal_path, slot: None })
+    Ok(OpenEnds { source, target, resume, journal_path, slot: None })
 }
 
 fn open_topics(
@@ -86,7 +86,7 @@ fn open_topics(
     mut input: Input,
     options: &RunOptions,
     topics: &TopicPlan,
-) -> Result<Opened, RunError> {
+) -> Result<OpenEnds, RunError> {
     let slot = Slot::take(&plan.state_folder)?;
     let mut producer = topics.producer.clone();
     let (group, stats) = match &mut input {
@@ -123,5 +123,5 @@ fn open_topics(
     let records = Records::new(rows(plan, source.as_ref()), names, &plan.name, topics, limit);
     let journal_path = Some(slot.folder.join(JOURNAL));
     let target = Target::Topics { output: Box::new(output), records: Box::new(records) };
-    Ok(Opened { source, target, resume, journal_path, slot: Some(slot) })
+    Ok(OpenEnds { source, target, resume, journal_path, slot: Some(slot) })
 }

@@ -10,7 +10,7 @@ use tidemill_kernels::step::SamplingParams;
 
 use super::super::page_pool::fuzz::Random;
 use super::super::scheduler::tests::learn_short;
-use super::super::sequence::{FinishReason, SequenceId, SharedPrefix};
+use super::super::sequence::{FinishReason, Priority, SharedPrefix};
 use super::tests::{VOCAB_SIZE, fake_model, naive_answer};
 use super::*;
 
@@ -61,7 +61,8 @@ fn workload(random: &mut Random) -> Vec<SequenceRequest> {
         let sampling = SamplingParams { temperature, seed: random.below(3) as u64, ..SamplingParams::GREEDY };
         let max_tokens = random.between(1, max_max_tokens) as u32;
         let request = SequenceRequest::new(SequenceId(id as u64), token_ids.into(), max_tokens, sampling);
-        requests.push(SequenceRequest { shared: hints(random, len), ..request });
+        let priority = *random.pick(&Priority::ALL);
+        requests.push(SequenceRequest { shared: hints(random, len), priority, ..request });
     }
     requests
 }
@@ -137,6 +138,41 @@ fn check_stats_at_the_end(engine: &Engine, finished: &[Finished]) {
     if stats.preemptions == 0 {
         assert_eq!(stats.recomputed_tokens, 0);
     }
+}
+
+#[test]
+fn what_is_given_up_changes_no_other_answer() {
+    let num_copies = Arc::new(AtomicU64::new(0));
+    let (mut num_aborted, mut num_finished) = (0, 0);
+    for seed in 1000..1150 {
+        let mut random = Random::new(seed);
+        let requests = workload(&mut random);
+        let mut engine = random_engine(&mut random, &requests, &num_copies);
+        requests.iter().for_each(|request| engine.submit(request.clone()).expect("each sequence fits"));
+        let mut open: BTreeMap<SequenceId, &SequenceRequest> =
+            requests.iter().map(|request| (request.id, request)).collect();
+        while engine.has_work() {
+            if random.one_in(6) {
+                let id = random.pick(&requests).id;
+                let was_open = open.remove(&id).is_some();
+                assert_eq!(engine.abort(id), was_open);
+                num_aborted += u64::from(was_open);
+            }
+            for one in engine.step().unwrap_or_default() {
+                let request = open.remove(&one.id).expect("neither given up nor finished before");
+                assert_eq!((one.token_ids, one.reason), naive_answer(request));
+                num_finished += 1;
+            }
+        }
+        assert!(open.is_empty(), "a sequence was lost");
+        let stats = engine.stats();
+        assert_eq!(stats.kv_pages_in_use, 0);
+        assert_eq!(
+            stats.prompt_tokens + stats.recomputed_tokens,
+            stats.computed_tokens + stats.reused_tokens + stats.aborted_tokens
+        );
+    }
+    assert!(num_aborted > 200 && num_finished > 200, "{num_aborted} given up, {num_finished} finished");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use tidemill_kernels::models::{FakeConfig, FakeModel};
 use tidemill_kernels::step::{PageId, SamplingParams};
 
 use super::super::scheduler::tests::learn_short;
-use super::super::sequence::{FinishReason, SequenceId, SharedPrefix};
+use super::super::sequence::{FinishReason, Priority, SharedPrefix};
 use super::*;
 
 pub(super) const VOCAB_SIZE: u32 = 24;
@@ -188,6 +188,37 @@ fn preempted_sequences_are_recomputed() {
         );
         assert_eq!(stats.kv_pages_in_use, 0);
     }
+}
+
+#[test]
+fn a_prompt_of_high_priority_does_not_wait_for_a_thousand_of_low() {
+    let mut engine = Engine::new(
+        Box::new(fake_model(40, 4)),
+        EngineConfig { max_num_seqs: 4, max_num_batched_tokens: 8, enable_prefix_cache: true },
+    );
+    let low: Vec<_> = (0..1000)
+        .map(|id| SequenceRequest {
+            priority: Priority::Low,
+            ..request(id, &[id as u32 % 24, 1, 2, 3, 4, 5], 20)
+        })
+        .collect();
+    low.iter().for_each(|request| engine.submit(request.clone()).unwrap());
+    let mut finished = Vec::new();
+    for _ in 0..100 {
+        finished.extend(engine.step().unwrap());
+    }
+    // Two chunks, and a step for each further token of the answer.
+    let high = SequenceRequest { priority: Priority::High, ..request(1000, &[7; 16], 20) };
+    let most_steps = 2 + naive_answer(&high).0.len();
+    engine.submit(high.clone()).unwrap();
+    let before = finished.len();
+    for _ in 0..most_steps {
+        finished.extend(engine.step().unwrap());
+    }
+    assert!(finished[before..].iter().any(|one| one.id == high.id), "it waits for lower ones");
+    finished.extend(run(&mut engine));
+    finished.sort_by_key(|finished| finished.id);
+    check_answers(&finished, &[low, vec![high]].concat());
 }
 
 #[test]

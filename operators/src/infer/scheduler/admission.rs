@@ -4,6 +4,9 @@
 //! copy, from the prefix cache or from the page that a running sequence is filling. If a running sequence will soon
 //! have computed clearly more of it, the prompt waits for that instead of computing it twice.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use tidemill_kernels::step::PageId;
 
 use super::super::forecast::{Footprint, peak_pages};
@@ -16,7 +19,8 @@ const MIN_AWAITED: usize = 4;
 
 /// What became of a waiting sequence.
 pub(super) enum Admission {
-    Admitted,
+    /// With its index among the running ones.
+    Admitted(usize),
     /// A running sequence computes what it needs.
     AwaitsSibling,
     OutOfPages,
@@ -41,7 +45,8 @@ impl Scheduler {
         let num_new = sequence.known_len().div_ceil(self.page_size) - reuse.path.len();
         let num_idle = self.cache.num_idle_in(&reuse.path);
         let num_available = self.num_available_pages() - num_idle;
-        if num_available < num_new || !self.will_fit(sequence, num_new, num_idle) {
+        let num_held = self.num_pages() - self.num_available_pages();
+        if num_available < num_new || !self.will_fit(sequence, &self.running, num_held, num_new + num_idle) {
             assert!(!self.running.is_empty(), "a sequence that fits the cache alone is not admitted");
             return Admission::OutOfPages;
         }
@@ -49,11 +54,14 @@ impl Scheduler {
         let is_idle = |copy: &CopySource| copy.is_cached && self.cache.num_users(copy.page) == 0;
         reuse.copy = reuse.copy.filter(|copy| num_available > num_new || !is_idle(copy));
         let sequence = self.waiting.remove(index).expect("the index is below the length");
-        self.start(sequence, &reuse, num_new);
-        Admission::Admitted
+        Admission::Admitted(self.start(sequence, &reuse, num_new))
     }
 
-    fn start(&mut self, mut sequence: Sequence, reuse: &Reuse, num_new: usize) {
+    pub(super) fn awaits_sibling(&self, index: usize) -> bool {
+        self.reuse(&self.waiting[index]).more_is_coming
+    }
+
+    fn start(&mut self, mut sequence: Sequence, reuse: &Reuse, num_new: usize) -> usize {
         assert_eq!(sequence.computed_len, 0);
         self.cache.lock(&reuse.path);
         let num_pages = reuse.path.len();
@@ -73,7 +81,7 @@ impl Scheduler {
         sequence.copy = reuse.copy;
         let num_reused = sequence.num_prompt_tokens(sequence.seen_len, end);
         sequence.num_reused += num_reused as u32;
-        self.counters.reused_tokens += num_reused as u64;
+        self.count(sequence.owner, |counters| counters.reused_tokens += num_reused as u64);
         sequence.num_shared_pages = num_pages;
         sequence.computed_len = end;
         sequence.seen_len = sequence.seen_len.max(end);
@@ -82,7 +90,9 @@ impl Scheduler {
             let page = self.take_page().expect("as many pages are available");
             sequence.pages.push(page);
         }
-        self.running.push(sequence);
+        let index = self.running.partition_point(|other| other.priority <= sequence.priority);
+        self.running.insert(index, sequence);
+        index
     }
 
     fn reuse(&self, sequence: &Sequence) -> Reuse {
@@ -96,7 +106,8 @@ impl Scheduler {
         let cached = self.cache.lookup_partial(path.last().copied(), rest);
         let mut copy = cached.map(|(page, len)| CopySource { page, len, is_cached: true });
         let mut coming_len = 0;
-        for sibling in &self.running {
+        // One of lower priority may be preempted in this step, and may take long: it is neither copied nor awaited.
+        for sibling in self.running.iter().take_while(|sibling| sibling.priority <= sequence.priority) {
             let (num_pages, first) = (path.len(), path.len() * self.page_size);
             if sibling.num_shared_pages < num_pages || sibling.pages[..num_pages].last() != path.last() {
                 continue;
@@ -121,28 +132,37 @@ impl Scheduler {
         Reuse { path, copy, more_is_coming }
     }
 
-    /// Whether the cache will hold all running sequences and this one until they end, as far as one can tell. It
-    /// needs `num_new` pages now, and `num_idle` that are cached but in no other use.
-    fn will_fit(&self, sequence: &Sequence, num_new: usize, num_idle: usize) -> bool {
-        if self.running.is_empty() {
+    /// Whether a waiting sequence would find room if all of lower priority gave way.
+    pub(super) fn fits_without_lower(&self, index: usize) -> bool {
+        let sequence = &self.waiting[index];
+        let num_staying = self.running.partition_point(|other| other.priority <= sequence.priority);
+        let staying = &self.running[..num_staying];
+        let held: BTreeSet<PageId> = staying.iter().flat_map(|one| one.pages.iter().copied()).collect();
+        let path = self.reuse(sequence).path;
+        let num_new = sequence.known_len().div_ceil(self.page_size) - path.len();
+        let num_idle = path.iter().filter(|&page| !held.contains(page)).count();
+        let is_available = self.num_pages() - held.len() >= num_new + num_idle;
+        is_available && self.will_fit(sequence, staying, held.len(), num_new + num_idle)
+    }
+
+    /// Whether the cache will hold these running sequences, which use `num_held` pages, and another one until they
+    /// end, as far as one can tell. That one takes `num_more` pages now that none of them uses.
+    fn will_fit(&self, sequence: &Sequence, running: &[Sequence], num_held: usize, num_more: usize) -> bool {
+        if running.is_empty() {
             return true;
         }
-        let num_in_use = self.num_pages() - self.num_available_pages();
-        let mut footprints: Vec<Footprint> = self
-            .running
-            .iter()
-            .map(|one| self.footprint(one, one.pages.len(), self.num_own_pages(one)))
-            .collect();
+        let mut footprints: Vec<Footprint> =
+            running.iter().map(|one| self.footprint(one, one.pages.len(), self.num_own_pages(one))).collect();
         let num_own: usize = footprints.iter().map(|footprint| footprint.num_own_pages).sum();
         let num_pages = sequence.known_len().div_ceil(self.page_size);
-        footprints.push(self.footprint(sequence, num_pages, num_new + num_idle));
-        peak_pages(num_in_use - num_own, &footprints, self.page_size) <= self.num_pages()
+        footprints.push(self.footprint(sequence, num_pages, num_more));
+        peak_pages(num_held - num_own, &footprints, self.page_size) <= self.num_pages()
     }
 
     fn footprint(&self, sequence: &Sequence, num_pages: usize, num_own_pages: usize) -> Footprint {
         let (len, max_tokens) = (sequence.answer_len(), sequence.max_tokens);
-        let expected =
-            self.answer_lengths.get(&sequence.step).map(|lengths| lengths.remaining(len, max_tokens));
+        let lengths = self.answer_lengths.get(&(sequence.owner, Arc::clone(&sequence.step)));
+        let expected = lengths.map(|lengths| lengths.remaining(len, max_tokens));
         let remaining = expected.unwrap_or(max_tokens - len);
         Footprint { num_pages, num_own_pages, known_len: sequence.known_len(), remaining }
     }

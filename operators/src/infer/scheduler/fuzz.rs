@@ -16,12 +16,16 @@ const EOS: u32 = 0;
 struct Case {
     random: Random,
     scheduler: Scheduler,
+    has_priorities: bool,
     /// `[num_pages * page_size]`: the prefix that ends in this slot.
     slots: Vec<u64>,
     submitted: Vec<SequenceRequest>,
     /// Ids in the order of their first step.
     started: Vec<u64>,
     finished: BTreeSet<SequenceId>,
+    aborted: BTreeSet<SequenceId>,
+    /// Of them, those that a planned step was computing.
+    num_aborted_in_step: usize,
 }
 
 fn extend_prefix(prefix: u64, token_id: u32) -> u64 {
@@ -44,13 +48,17 @@ impl Case {
         if !random.one_in(4) {
             learn_short(&mut scheduler);
         }
+        let has_priorities = random.one_in(2);
         Self {
             random,
+            has_priorities,
             scheduler,
             slots: vec![0; num_pages * page_size],
             submitted: Vec::new(),
             started: Vec::new(),
             finished: BTreeSet::new(),
+            aborted: BTreeSet::new(),
+            num_aborted_in_step: 0,
         }
     }
 
@@ -67,8 +75,23 @@ impl Case {
         let max_tokens = self.random.between(1, max_len - prompt_len) as u32;
         let id = SequenceId(self.submitted.len() as u64);
         let request = SequenceRequest::new(id, token_ids.into(), max_tokens, SamplingParams::GREEDY);
+        let priority = if self.has_priorities { *self.random.pick(&Priority::ALL) } else { Priority::Low };
+        let request = SequenceRequest { priority, ..request };
         self.scheduler.submit(&request);
         self.submitted.push(request);
+    }
+
+    /// Gives up any sequence, whether it waits, runs, is being computed, or is gone already.
+    fn abort(&mut self) {
+        let id = self.random.pick(&self.submitted).id;
+        let is_open = !self.finished.contains(&id) && !self.aborted.contains(&id);
+        let is_running = self.scheduler.running.iter().any(|sequence| sequence.id == id);
+        assert_eq!(self.scheduler.abort(id), is_open, "{id:?}");
+        self.num_aborted_in_step += usize::from(is_open && is_running && self.scheduler.is_planned);
+        self.aborted.extend(is_open.then_some(id));
+        if !self.scheduler.is_planned {
+            self.check_pages();
+        }
     }
 
     fn step(&mut self) {
@@ -90,6 +113,7 @@ impl Case {
         let output = StepOutput { token_ids: token_ids.collect() };
         for finished in self.scheduler.commit(&output, &[EOS]) {
             assert!(self.finished.insert(finished.id), "{:?} finished twice", finished.id);
+            assert!(!self.aborted.contains(&finished.id), "{:?} was given up", finished.id);
             let request = &self.submitted[finished.id.0 as usize];
             let len = finished.token_ids.len();
             match finished.reason {
@@ -104,7 +128,8 @@ impl Case {
 
     /// Decodes come before prefills, which are served in order: only the last one served may be cut.
     fn check_plan(&mut self, batch: &StepBatch) {
-        let mut in_step = self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens);
+        let in_all = self.scheduler.running.iter().zip(&self.scheduler.plan.chunk_lens);
+        let mut in_step = in_all.clone();
         let num_cut = in_step
             .clone()
             .filter(|(sequence, chunk_len)| **chunk_len > 0 && **chunk_len < sequence.uncomputed_len())
@@ -117,6 +142,11 @@ impl Case {
                 "a decode was left out"
             );
         }
+        // Whom the step leaves out while lower priorities are served has nothing to compute, or no room.
+        let served = |sequence: &(&Sequence, &usize)| *sequence.1 > 0;
+        let lowest = in_all.clone().filter(served).map(|(sequence, _)| sequence.priority).max();
+        assert!(in_all.filter(|one| !served(one)).all(|(sequence, _)| Some(sequence.priority) >= lowest));
+        assert!(self.scheduler.running.is_sorted_by_key(|sequence| sequence.priority));
         for sequence in &self.scheduler.running {
             if !self.started.contains(&sequence.id.0) {
                 self.started.push(sequence.id.0);
@@ -188,23 +218,34 @@ impl Case {
         assert_eq!(num_held + scheduler.pool.num_free(), scheduler.pool.num_pages());
     }
 
-    /// Nobody is overtaken but while waiting for a shared prefix, and then by few.
+    /// Nobody is overtaken by equals but while waiting for a shared prefix, and then by few.
     fn check_order(&self) {
+        let priority = |id: u64| self.submitted[id as usize].priority;
         for (place, &id) in self.started.iter().enumerate() {
-            let num_overtaken = self.started[place..].iter().filter(|&&other| other < id).count();
+            let is_overtaken = |&&other: &&u64| other < id && priority(other) == priority(id);
+            let num_overtaken = self.started[place..].iter().filter(is_overtaken).count();
             let limit = if self.scheduler.config.enable_prefix_cache { MAX_LOOKAHEAD } else { 0 };
             assert!(num_overtaken <= limit, "sequence {id} has overtaken {num_overtaken}");
         }
     }
 
+    fn has_work(&self) -> bool {
+        self.scheduler.num_waiting() + self.scheduler.num_running() > 0
+    }
+
     fn run(&mut self) {
         let num_sequences = self.random.between(1, 40);
+        let aborts = self.random.one_in(2);
         let mut num_steps = 0;
-        while self.finished.len() < num_sequences {
+        while self.finished.len() + self.aborted.len() < num_sequences || self.has_work() {
             while self.submitted.len() < num_sequences && !self.random.one_in(3) {
                 self.submit();
             }
-            if self.scheduler.num_waiting() + self.scheduler.num_running() > 0 {
+            let patience = if self.scheduler.is_planned { 2 } else { 8 };
+            if aborts && !self.submitted.is_empty() && self.random.one_in(patience) {
+                self.abort();
+            }
+            if self.has_work() {
                 self.step();
                 num_steps += 1;
             }
@@ -218,20 +259,25 @@ impl Case {
 #[test]
 fn every_sequence_reads_its_own_prefix_and_finishes() {
     let mut total = Counters::default();
+    let mut num_aborted_in_step = 0;
     for seed in 0..200 {
         let mut case = Case::new(seed);
         case.run();
         let counters = case.scheduler.counters();
         assert_eq!(
             counters.prompt_tokens + counters.recomputed_tokens,
-            counters.computed_tokens + counters.reused_tokens
+            counters.computed_tokens + counters.reused_tokens + counters.aborted_tokens
         );
-        assert_eq!(counters.finished, case.submitted.len() as u64);
+        assert_eq!(counters.finished, case.finished.len() as u64);
+        assert_eq!(counters.aborted, case.aborted.len() as u64);
+        num_aborted_in_step += case.num_aborted_in_step;
+        total.aborted += counters.aborted;
         total.preemptions += counters.preemptions;
         total.reused_tokens += counters.reused_tokens;
         total.recomputed_tokens += counters.recomputed_tokens;
     }
     println!("{total:?}");
     assert!(total.preemptions > 100, "too few preemptions to show anything");
+    assert!(total.aborted > 100 && num_aborted_in_step > 20, "too few are given up to show anything");
     assert!(total.reused_tokens > 1000, "too little reuse to show anything");
 }

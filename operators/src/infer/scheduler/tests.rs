@@ -14,7 +14,7 @@ fn check(config: EngineConfig, num_pages: u32, prompts: &[(&str, u32)], expect: 
 
 /// Lets a scheduler expect short answers, so that longer ones run out of pages.
 pub(in crate::infer) fn learn_short(scheduler: &mut Scheduler) {
-    (0..200).for_each(|_| scheduler.learn(&"".into(), 1));
+    (0..200).for_each(|_| scheduler.learn(OwnerId(0), &"".into(), 1));
 }
 
 fn optimist(config: EngineConfig, num_pages: u32) -> Scheduler {
@@ -24,15 +24,28 @@ fn optimist(config: EngineConfig, num_pages: u32) -> Scheduler {
 }
 
 #[track_caller]
-fn check_scheduler(mut scheduler: Scheduler, prompts: &[(&str, u32)], expect: &[&str]) {
-    for (id, (prompt, max_tokens)) in prompts.iter().enumerate() {
-        let token_ids = prompt.bytes().map(u32::from).collect();
-        let id = SequenceId(id as u64);
-        scheduler.submit(&SequenceRequest::new(id, token_ids, *max_tokens, SamplingParams::GREEDY));
-    }
+fn check_scheduler(scheduler: Scheduler, prompts: &[(&str, u32)], expect: &[&str]) {
+    let prompts: Vec<_> =
+        prompts.iter().map(|&(prompt, max_tokens)| (0, Priority::Normal, prompt, max_tokens)).collect();
+    check_arrivals(scheduler, &prompts, expect);
+}
+
+/// Each prompt comes before the step of this number, with its priority.
+#[track_caller]
+fn check_arrivals(mut scheduler: Scheduler, prompts: &[(usize, Priority, &str, u32)], expect: &[&str]) {
     let name = |sequence: &Sequence| char::from(b'a' + sequence.id.0 as u8);
     let mut lines = Vec::new();
-    while scheduler.num_waiting() + scheduler.num_running() > 0 {
+    let mut id = 0;
+    while id < prompts.len() || scheduler.num_waiting() + scheduler.num_running() > 0 {
+        while let Some(&(_, priority, prompt, max_tokens)) =
+            prompts.get(id).filter(|one| one.0 <= lines.len())
+        {
+            let token_ids = prompt.bytes().map(u32::from).collect();
+            let sampling = SamplingParams::GREEDY;
+            let request = SequenceRequest::new(SequenceId(id as u64), token_ids, max_tokens, sampling);
+            scheduler.submit(&SequenceRequest { priority, ..request });
+            id += 1;
+        }
         scheduler.plan();
         let running = scheduler.running.iter().zip(&scheduler.plan.chunk_lens);
         let mut line: Vec<_> = running.map(|(sequence, len)| format!("{}{len}", name(sequence))).collect();
@@ -154,6 +167,34 @@ fn the_cheapest_is_preempted_and_keeps_its_place() {
             "b1",
             "b1",
         ],
+    );
+}
+
+#[test]
+fn a_higher_priority_takes_the_budget_and_then_the_place_of_a_lower_one() {
+    use Priority::{High, Low, Normal};
+    let config = EngineConfig { max_num_seqs: 2, ..CONFIG };
+    check_arrivals(
+        Scheduler::new(config, 64, 4, true),
+        &[(0, Low, "aaaaaaaaaaaa", 2), (0, Normal, "bbb", 4), (1, Low, "c", 1), (2, High, "ddddddddd", 1)],
+        &["b3 a5", "b1 a7 | c", "d8 b0 | ac", "d1 b1 | ac", "b1 a1 | c", "c1"],
+    );
+}
+
+#[test]
+fn a_higher_priority_takes_the_pages_of_lower_ones_and_equals_wait() {
+    use Priority::{High, Low, Normal};
+    let config = EngineConfig { max_num_batched_tokens: 24, ..CONFIG };
+    check_arrivals(
+        Scheduler::new(config, 4, 4, true),
+        &[
+            (0, Normal, "aaa", 3),
+            (0, Low, "bbb", 5),
+            (1, Normal, "cccccccc", 2),
+            (2, High, "ddddddddd", 2),
+            (3, High, "ee", 1),
+        ],
+        &["a3 b3", "a1 b1 | c", "d9 | acb", "d1 e2 | acb", "a5 | cb", "c8 | b", "c1 | b", "b5", "b1", "b1"],
     );
 }
 

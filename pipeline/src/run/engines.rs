@@ -1,0 +1,72 @@
+//! The engines of a process: pipelines that ask for the same share them, with their weights and KV cache.
+//!
+//! Same means the same model, devices and bounds. Nothing of a pipeline is kept here; it comes with each work.
+
+use std::sync::Arc;
+
+use tidemill_operators::infer::runner::{EngineHandle, Runner};
+use tidemill_operators::tokenize::TextModel;
+
+use super::RunError;
+use crate::models::load::{Engines, load};
+use crate::plan::Plan;
+
+/// What one pipeline needs of its engines.
+pub(super) struct Lent {
+    pub handles: Vec<EngineHandle>,
+    pub text: Arc<TextModel>,
+}
+
+/// Running engines; they end when what was lent is dropped.
+pub(super) struct Running {
+    runners: Vec<Runner>,
+}
+
+impl Running {
+    /// Waits until all answers that were made are journaled.
+    pub(super) fn join(self) {
+        for runner in self.runners {
+            runner.join();
+        }
+    }
+}
+
+/// Starts the engines that the plans ask for; in the order of the plans, what each is lent.
+pub(super) fn start(plans: &[&Plan]) -> Result<(Running, Vec<Lent>), RunError> {
+    let mut running = Running { runners: Vec::new() };
+    let mut groups: Vec<(&Plan, Lent)> = Vec::new();
+    let mut lent = Vec::new();
+    for plan in plans {
+        let group = match groups.iter().position(|(other, _)| shares_engines(other, plan)) {
+            Some(group) => group,
+            None => {
+                let loaded =
+                    load(&plan.model, &plan.model_name, plan.devices, &|what| eprintln!("{what} …"))?;
+                groups.push((plan, start_all(loaded.engines(&plan.engine, plan.devices)?, &mut running)?));
+                groups.len() - 1
+            }
+        };
+        let Lent { handles, text } = &groups[group].1;
+        lent.push(Lent { handles: handles.clone(), text: Arc::clone(text) });
+    }
+    Ok((running, lent))
+}
+
+fn shares_engines(one: &Plan, other: &Plan) -> bool {
+    (&one.model, one.devices, one.engine) == (&other.model, other.devices, other.engine)
+}
+
+/// Starts the threads of all engines, each on its cores.
+fn start_all(engines: Engines, running: &mut Running) -> Result<Lent, RunError> {
+    let mut handles = Vec::new();
+    for (engine, cores) in engines.engines {
+        let start = || Runner::start(engine, Arc::clone(&engines.text));
+        let (runner, handle) = match cores {
+            Some(cores) => cores.pinned(start),
+            None => start(),
+        }?;
+        running.runners.push(runner);
+        handles.push(handle);
+    }
+    Ok(Lent { handles, text: engines.text })
+}
