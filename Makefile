@@ -11,10 +11,10 @@ export TIDEMILL := $(CARGO_TARGET_DIR)/release/tidemill
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build models data demo bench peers test
+.PHONY: help setup build models data demo demo-kafka kafka chaos bench peers test
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: ## check for cargo, cc, python3 and pip; install what is missing
 	@sh scripts/setup.sh
@@ -39,6 +39,16 @@ demo: build ## set up, fetch the model, build, summarize the news of the example
 	@if sh scripts/venv.sh; then $(PYTHON) scripts/show_summaries.py $(DEMO)/out/summaries; \
 	else echo "demo: the summaries are Parquet files in $(DEMO)/out/summaries"; fi
 
+demo-kafka: build kafka ## start a broker, summarize articles topic to topic, show them, stop
+	@$(TIDEMILL) models pull $(MODEL)
+	@sh scripts/demo_kafka.sh $(TIDEMILL)
+
+kafka: setup ## fetch the broker of the tests and the demo into the cache
+	@sh scripts/kafka.sh fetch
+
+chaos: kafka ## kill, cut off and fool pipelines and a broker, and print what happened
+	@cargo test --locked --quiet -p tidemill-tests --test kafka_chaos --test kafka_simulation -- --nocapture --test-threads 1
+
 bench: build ## measure the engine and the offline job beside the machine's own peak
 	@$(TIDEMILL) models pull $(MODEL)
 	@python3 scripts/offline_job.py
@@ -52,7 +62,7 @@ peers: build ## run Tidemill beside other engines that are installed (scripts/pe
 	@mkdir -p out
 	@python3 scripts/peers/compare.py --json out/peers.json
 
-test: setup models ## set up and run every check and test that needs no GPU
+test: setup models kafka ## set up and run every check and test that needs no GPU
 	@echo "test: format"
 	@cargo fmt --all --check
 	@echo "test: lints (some minutes when cold)"

@@ -8,6 +8,16 @@ has() { command -v "$1" >/dev/null 2>&1; }
 
 packages=""
 has cc || packages="$packages gcc libc6-dev"
+has c++ || packages="$packages g++"
+has make || packages="$packages make"
+# librdkafka is built from source with the system's TLS.
+has pkg-config || packages="$packages pkg-config"
+pkg-config --exists openssl 2>/dev/null || packages="$packages libssl-dev"
+if [ -z "${KAFKA_BROKERS:-}" ]; then
+    # The broker of the tests and the demo.
+    has java || packages="$packages openjdk-17-jre-headless"
+    has mvn || packages="$packages maven"
+fi
 has git || packages="$packages git"
 has python3 || packages="$packages python3"
 python3 -m pip --version >/dev/null 2>&1 || packages="$packages python3-pip"

@@ -87,6 +87,9 @@ struct RunArgs {
     /// Read topics to where they end now, then end
     #[arg(long)]
     until_end: bool,
+    /// Serve metrics for Prometheus and `tidemill top` here, such as 127.0.0.1:9464
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<std::net::SocketAddr>,
     /// No progress and no summary
     #[arg(long, short)]
     quiet: bool,
@@ -238,6 +241,7 @@ fn run_command(args: &RunArgs) -> Result<(), CliError> {
         force: args.force,
         progress: !args.quiet,
         until_end: args.until_end,
+        listen: args.listen,
         stop,
     };
     let is_one = all.len() == 1;

@@ -10,6 +10,7 @@ pub mod clock;
 pub mod cores;
 pub mod explain;
 pub mod models;
+pub mod observe;
 pub mod plan;
 pub mod progress;
 pub mod render;

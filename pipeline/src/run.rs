@@ -6,6 +6,7 @@
 mod ends;
 mod engines;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +26,8 @@ use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::clock::Clock;
 use crate::models::load::LoadError;
+use crate::observe::Registry;
+use crate::observe::server::Server;
 use crate::plan::{Checked, Plan};
 use crate::progress::Progress;
 use crate::render::sink::{self, SinkLimits, SinkReport, SinkThread, Target};
@@ -50,6 +53,8 @@ pub struct RunOptions {
     pub progress: bool,
     /// Read topics to where they end now, and no further.
     pub until_end: bool,
+    /// Serve metrics here.
+    pub listen: Option<SocketAddr>,
     /// Set from outside to end all pipelines early.
     pub stop: Arc<AtomicBool>,
 }
@@ -95,6 +100,12 @@ pub enum RunError {
     Thread(#[from] std::io::Error),
     #[error("pipelines {:?} and {:?} both use {place}", names[0], names[1])]
     CommonEnd { names: [String; 2], place: String },
+    #[error("cannot serve metrics at {address}")]
+    Listen {
+        address: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the run failed: {0}")]
     Failed(String),
     #[error("a worker failed: {0}")]
@@ -110,6 +121,9 @@ impl RunError {
             Self::Source(error) => error.help(),
             Self::Kafka(error) => error.help(),
             Self::Failed(_) => Some("what was finished is kept: mend the cause and run again".to_owned()),
+            Self::Listen { .. } => {
+                Some("another process uses it: give another address with --listen".to_owned())
+            }
             Self::CommonEnd { .. } => Some("give each pipeline ends of its own".to_owned()),
             Self::Journal(_) | Self::Thread(_) | Self::Worker(_) => None,
         }
@@ -132,6 +146,14 @@ pub fn run_together(
     let clock = Clock::start();
     refuse_common_ends(&all)?;
     let names_progress = all.len() > 1;
+    let registry = Registry::default();
+    let serve = |address| {
+        Server::start(address, registry.clone()).map_err(|source| RunError::Listen { address, source })
+    };
+    let server = options.listen.map(serve).transpose()?;
+    if let Some(server) = server.as_ref().filter(|_| options.progress) {
+        eprintln!("metrics are at http://{}/metrics", server.address);
+    }
     let pipelines: Vec<Opened> =
         all.into_iter().map(|checked| open(checked, options)).collect::<Result<_, _>>()?;
     let plans: Vec<&Plan> = pipelines.iter().filter_map(|opened| Some(&opened.as_ref().ok()?.plan)).collect();
@@ -142,8 +164,9 @@ pub fn run_together(
             .into_iter()
             .map(|opened| {
                 let with_engines = opened.map(|pipeline| (pipeline, lent.next().expect("one for each plan")));
+                let registry = registry.clone();
                 scope.spawn(move || match with_engines {
-                    Ok((pipeline, lent)) => pipeline.run(lent, options, names_progress, clock),
+                    Ok((pipeline, lent)) => pipeline.run(lent, options, &registry, names_progress, clock),
                     Err(done) => Ok(done),
                 })
             })
@@ -213,13 +236,15 @@ impl Pipeline {
         self,
         lent: Lent,
         options: &RunOptions,
+        registry: &Registry,
         names_progress: bool,
         clock: Clock,
     ) -> Result<Outcome, RunError> {
         let Self { plan, ends, before, journal } = self;
-        let ends::OpenEnds { source, target, slot: _slot, .. } = ends;
+        let ends::OpenEnds { source, target, slot: _slot, kafka, .. } = ends;
         let (journal_path, journal) = journal.unzip();
         let shared = share(&plan, journal, &lent, options, clock);
+        registry.add(&plan.name, &plan.model_name, &shared, kafka);
         let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
         let removes_journal = matches!(target, Target::Files { may_finish: true, .. });
         let limits = SinkLimits {

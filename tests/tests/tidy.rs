@@ -26,7 +26,7 @@ const EDGES: [(&str, &[&str]); 5] = [
 ];
 
 const FOLDERS: [&str; 8] =
-    [".ci", "connectors", "examples", "kernels", "operators", "pipeline", "scripts", "tests"];
+    [".ci", "connectors", "deploy", "examples", "kernels", "operators", "pipeline", "scripts", "tests"];
 
 /// How a forbidden name is found in code.
 #[derive(Clone, Copy)]

@@ -85,6 +85,7 @@ fn once(definition: &Definition, args: &OfflineArgs) -> Result<Summary, BenchErr
         force: true,
         progress: false,
         until_end: false,
+        listen: None,
         stop: Arc::new(AtomicBool::new(false)),
     };
     match run(check(definition)?, &options)? {

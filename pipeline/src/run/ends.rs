@@ -28,6 +28,7 @@ pub(super) struct OpenEnds {
     pub(super) target: Target,
     pub(super) resume: Resume,
     pub(super) journal_path: Option<PathBuf>,
+    pub(super) kafka: Option<KafkaStats>,
     /// Kept as long as the run.
     pub(super) slot: Option<Slot>,
 }
@@ -69,6 +70,10 @@ fn open_files(
         errors_schema: errors_schema(),
     };
     let (output, resume) = Output::open(spec, &plan.fingerprint, input.source().inputs(), options.force)?;
+    let kafka = match &input {
+        Input::Files(_) => None,
+        Input::Topics(source) => Some(source.stats()),
+    };
     let mut source = input.into_source();
     let mut checkpoint = Checkpoint::start(!may_finish);
     if let Resume::Continue { position, .. } = &resume {
@@ -78,7 +83,7 @@ fn open_files(
     let journal_path = output.state_dir().map(|folder| folder.join(JOURNAL));
     let (rows, names) = (rows(plan, source.as_ref()), source.names());
     let target = Target::Files { output: Box::new(output), rows, names, checkpoint, may_finish };
-    Ok(OpenEnds { source, target, resume, journal_path, slot: None })
+    Ok(OpenEnds { source, target, resume, journal_path, kafka, slot: None })
 }
 
 fn open_topics(
@@ -114,7 +119,7 @@ fn open_topics(
         force: options.force,
     };
     let (mut output, resume) =
-        KafkaOutput::open(spec, group, names.clone(), stats, Arc::clone(&options.stop))?;
+        KafkaOutput::open(spec, group, names.clone(), stats.clone(), Arc::clone(&options.stop))?;
     let mut source = input.into_source();
     if let Resume::Continue { position, .. } = &resume {
         source.resume(position)?;
@@ -123,5 +128,5 @@ fn open_topics(
     let records = Records::new(rows(plan, source.as_ref()), names, &plan.name, topics, limit);
     let journal_path = Some(slot.folder.join(JOURNAL));
     let target = Target::Topics { output: Box::new(output), records: Box::new(records) };
-    Ok(OpenEnds { source, target, resume, journal_path, slot: Some(slot) })
+    Ok(OpenEnds { source, target, resume, journal_path, kafka: Some(stats), slot: Some(slot) })
 }

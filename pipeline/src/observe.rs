@@ -1,0 +1,198 @@
+//! What others can see of a running process: one [`Snapshot`] of all its pipelines, taken at any moment.
+//!
+//! Metrics and the live view are made of it, so both show the same. Nothing here is on the way of the data: figures
+//! are read where they are counted anyway.
+
+pub mod metrics;
+pub mod server;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use tidemill_connectors::kafka::stats::KafkaStats;
+use tidemill_operators::counters::Counters;
+
+use crate::render::Shared;
+
+/// All pipelines of a process.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    pub pipelines: Vec<PipelineSnapshot>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PipelineSnapshot {
+    pub name: String,
+    pub model: String,
+    pub failed: Option<String>,
+    pub documents_read: u64,
+    /// Answered or refused, at the sink.
+    pub documents_arrived: u64,
+    pub documents_done: u64,
+    pub errors: u64,
+    pub recalled: u64,
+    pub prompt_tokens: u64,
+    pub computed_tokens: u64,
+    pub reused_tokens: u64,
+    pub output_tokens: u64,
+    pub epochs_in_flight: u64,
+    pub documents_in_flight: u64,
+    pub tokens_in_flight: u64,
+    pub credit_documents: u64,
+    pub engines: Vec<EngineSnapshot>,
+    pub tenants: BTreeMap<String, TenantSnapshot>,
+    pub kafka: Option<KafkaView>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineSnapshot {
+    pub running: u64,
+    pub waiting: u64,
+    pub kv_pages_total: u64,
+    pub kv_pages_in_use: u64,
+    pub kv_pages_cached: u64,
+    pub steps: u64,
+    pub preemptions: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TenantSnapshot {
+    pub documents: u64,
+    pub waiting: u64,
+    pub prompt_tokens: u64,
+    pub output_tokens: u64,
+    pub handed_out: u64,
+    pub wait_seconds: f64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct KafkaView {
+    pub partitions: Vec<PartitionView>,
+    pub is_paused: bool,
+    pub rebalances: u64,
+    pub records_read: u64,
+    pub records_written: u64,
+    pub transactions_committed: u64,
+    pub transactions_aborted: u64,
+    pub producers_fenced: u64,
+    pub epochs_canceled: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PartitionView {
+    pub topic: String,
+    pub partition: i32,
+    pub position: Option<i64>,
+    pub committed: Option<i64>,
+    pub end: Option<i64>,
+    pub lag: Option<i64>,
+}
+
+/// One running pipeline.
+struct Observed {
+    name: String,
+    model: String,
+    shared: Shared,
+    kafka: Option<KafkaStats>,
+}
+
+/// The pipelines of a process, for whoever looks.
+#[derive(Clone, Default)]
+pub struct Registry {
+    pipelines: Arc<Mutex<Vec<Observed>>>,
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").finish_non_exhaustive()
+    }
+}
+
+impl Registry {
+    /// From now on, a pipeline is seen; it stays when it has ended.
+    pub fn add(&self, name: &str, model: &str, shared: &Shared, kafka: Option<KafkaStats>) {
+        let (name, model) = (name.to_owned(), model.to_owned());
+        let observed = Observed { name, model, shared: shared.clone(), kafka };
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner).push(observed);
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        let pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        Snapshot { pipelines: pipelines.iter().map(Observed::snapshot).collect() }
+    }
+}
+
+impl Observed {
+    fn snapshot(&self) -> PipelineSnapshot {
+        let Shared { counters, .. } = &self.shared;
+        let engine = |load: &Arc<tidemill_operators::infer::load::EngineLoad>| EngineSnapshot {
+            running: load.running.load(Ordering::Relaxed),
+            waiting: load.waiting.load(Ordering::Relaxed),
+            kv_pages_total: load.kv_pages_total.load(Ordering::Relaxed),
+            kv_pages_in_use: load.kv_pages_in_use.load(Ordering::Relaxed),
+            kv_pages_cached: load.kv_pages_cached.load(Ordering::Relaxed),
+            steps: load.steps.load(Ordering::Relaxed),
+            preemptions: load.preemptions.load(Ordering::Relaxed),
+        };
+        let tenants = self.shared.work.tenants.counts().into_iter().map(|(name, counts)| {
+            let tenant = TenantSnapshot {
+                documents: counts.documents,
+                waiting: counts.waiting,
+                prompt_tokens: counts.prompt_tokens,
+                output_tokens: counts.output_tokens,
+                handed_out: counts.handed_out,
+                wait_seconds: counts.wait.as_secs_f64(),
+            };
+            (name.to_string(), tenant)
+        });
+        PipelineSnapshot {
+            name: self.name.clone(),
+            model: self.model.clone(),
+            failed: self.shared.failure.get(),
+            documents_read: Counters::get(&counters.documents_read),
+            documents_arrived: Counters::get(&counters.arrived),
+            documents_done: Counters::get(&counters.documents_done),
+            errors: Counters::get(&counters.errors),
+            recalled: Counters::get(&counters.recalled),
+            prompt_tokens: Counters::get(&counters.prompt_tokens),
+            computed_tokens: Counters::get(&counters.computed_tokens),
+            reused_tokens: Counters::get(&counters.reused_tokens),
+            output_tokens: Counters::get(&counters.output_tokens),
+            epochs_in_flight: self.shared.epochs.num_open() as u64,
+            documents_in_flight: Counters::get(&counters.documents_in_flight),
+            tokens_in_flight: self.shared.work.tokens.total(),
+            credit_documents: self.shared.credit.documents,
+            engines: self.shared.loads.iter().map(engine).collect(),
+            tenants: tenants.collect(),
+            kafka: self.kafka.as_ref().map(view),
+        }
+    }
+}
+
+fn view(stats: &KafkaStats) -> KafkaView {
+    let snapshot = stats.snapshot();
+    let partition = |(partition, stats): (
+        &tidemill_connectors::kafka::assignment::Partition,
+        &tidemill_connectors::kafka::stats::PartitionStats,
+    )| PartitionView {
+        topic: partition.topic.to_string(),
+        partition: partition.number,
+        position: stats.position,
+        committed: stats.committed,
+        end: stats.end,
+        lag: stats.lag(),
+    };
+    KafkaView {
+        partitions: snapshot.partitions.iter().map(partition).collect(),
+        is_paused: snapshot.is_paused,
+        rebalances: snapshot.num_rebalances,
+        records_read: snapshot.records_read,
+        records_written: snapshot.records_written,
+        transactions_committed: snapshot.transactions_committed,
+        transactions_aborted: snapshot.transactions_aborted,
+        producers_fenced: snapshot.producers_fenced,
+        epochs_canceled: snapshot.epochs_canceled,
+    }
+}

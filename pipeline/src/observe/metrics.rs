@@ -1,0 +1,289 @@
+//! A snapshot in the text format of Prometheus. Figures of the engine have vLLM's names, all others begin with
+//! `tidemill_`; pipelines that share an engine each show it under their own name.
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+
+use super::{EngineSnapshot, KafkaView, PartitionView, PipelineSnapshot, Snapshot, TenantSnapshot};
+
+/// Encodes a snapshot.
+pub fn encode(snapshot: Snapshot) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(SnapshotCollector(snapshot)));
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).expect("text takes everything");
+    text
+}
+
+/// Names and values of labels.
+type Labels = Vec<(&'static str, String)>;
+
+/// One metric: its name without `_total`, what it says, and its value for each set of labels.
+struct Metric {
+    name: &'static str,
+    help: &'static str,
+    is_counter: bool,
+    samples: Vec<(Labels, f64)>,
+}
+
+#[derive(Debug)]
+struct SnapshotCollector(Snapshot);
+
+impl Collector for SnapshotCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for metric in metrics(&self.0) {
+            let kind = if metric.is_counter { MetricType::Counter } else { MetricType::Gauge };
+            let mut family = encoder.encode_descriptor(metric.name, metric.help, None, kind)?;
+            for (labels, value) in &metric.samples {
+                let encoder = family.encode_family(labels)?;
+                if metric.is_counter {
+                    ConstCounter::new(*value).encode(encoder)?;
+                } else {
+                    ConstGauge::new(*value).encode(encoder)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn metrics(snapshot: &Snapshot) -> Vec<Metric> {
+    let mut all = pipelines(snapshot);
+    all.extend(engines(snapshot));
+    all.extend(tenants(snapshot));
+    all.extend(kafka(snapshot));
+    all
+}
+
+/// A metric with one sample for each item.
+fn metric<'a, T: 'a>(
+    items: &[(Labels, &'a T)],
+    is_counter: bool,
+    name: &'static str,
+    help: &'static str,
+    value: impl Fn(&'a T) -> Option<f64>,
+) -> Metric {
+    let samples = items.iter().filter_map(|(labels, item)| Some((labels.clone(), value(item)?)));
+    Metric { name, help, is_counter, samples: samples.collect() }
+}
+
+fn labels(pipeline: &PipelineSnapshot) -> Labels {
+    vec![("pipeline", pipeline.name.clone()), ("model_name", pipeline.model.clone())]
+}
+
+fn pipelines(snapshot: &Snapshot) -> Vec<Metric> {
+    let items: Vec<_> = snapshot.pipelines.iter().map(|pipeline| (labels(pipeline), pipeline)).collect();
+    let counter = |name, help, value: fn(&PipelineSnapshot) -> u64| {
+        metric(&items, true, name, help, move |pipeline| Some(value(pipeline) as f64))
+    };
+    let gauge = |name, help, value: fn(&PipelineSnapshot) -> u64| {
+        metric(&items, false, name, help, move |pipeline| Some(value(pipeline) as f64))
+    };
+    vec![
+        counter("vllm:prompt_tokens", "Prompt tokens, computed or reused", |one| one.prompt_tokens),
+        counter("vllm:generation_tokens", "Answer tokens", |one| one.output_tokens),
+        counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", |one| {
+            one.prompt_tokens
+        }),
+        counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", |one| one.reused_tokens),
+        counter("tidemill_documents_read", "Documents let into the dataflow", |one| one.documents_read),
+        counter("tidemill_documents_done", "Documents with their answers at the output", |one| {
+            one.documents_done
+        }),
+        counter("tidemill_documents_refused", "Documents at the errors output", |one| one.errors),
+        counter("tidemill_documents_recalled", "Answers taken from the journal", |one| one.recalled),
+        counter("tidemill_computed_tokens", "Prompt tokens that went through the model", |one| {
+            one.computed_tokens
+        }),
+        gauge("tidemill_epochs_in_flight", "Source batches that are not at the output yet", |one| {
+            one.epochs_in_flight
+        }),
+        gauge("tidemill_documents_in_flight", "Documents read and not written", |one| {
+            one.documents_in_flight
+        }),
+        gauge("tidemill_tokens_in_flight", "Tokens of the prompts in flight", |one| one.tokens_in_flight),
+        gauge("tidemill_credit_documents", "The most documents that may be in flight", |one| {
+            one.credit_documents
+        }),
+        gauge("tidemill_failed", "1 when the pipeline has failed", |one| u64::from(one.failed.is_some())),
+    ]
+}
+
+fn engines(snapshot: &Snapshot) -> Vec<Metric> {
+    let items: Vec<(Labels, &EngineSnapshot)> = snapshot
+        .pipelines
+        .iter()
+        .flat_map(|pipeline| {
+            pipeline.engines.iter().enumerate().map(|(number, engine)| {
+                let mut labels = labels(pipeline);
+                labels.push(("engine", number.to_string()));
+                (labels, engine)
+            })
+        })
+        .collect();
+    let gauge = |name, help, value: fn(&EngineSnapshot) -> f64| {
+        metric(&items, false, name, help, move |engine| Some(value(engine)))
+    };
+    let counter = |name, help, value: fn(&EngineSnapshot) -> f64| {
+        metric(&items, true, name, help, move |engine| Some(value(engine)))
+    };
+    vec![
+        gauge("vllm:num_requests_running", "Sequences in the batch", |one| one.running as f64),
+        gauge("vllm:num_requests_waiting", "Sequences that wait for the engine", |one| one.waiting as f64),
+        gauge("vllm:kv_cache_usage_perc", "Share of the KV pages that sequences hold; 1 is all", |one| {
+            one.kv_pages_in_use as f64 / one.kv_pages_total.max(1) as f64
+        }),
+        gauge("tidemill_kv_pages_cached", "KV pages that only the prefix cache holds", |one| {
+            one.kv_pages_cached as f64
+        }),
+        counter("vllm:num_preemptions", "Sequences that gave up their KV pages", |one| {
+            one.preemptions as f64
+        }),
+        counter("tidemill_engine_steps", "Forward passes", |one| one.steps as f64),
+    ]
+}
+
+fn tenants(snapshot: &Snapshot) -> Vec<Metric> {
+    let items: Vec<(Labels, &TenantSnapshot)> = snapshot
+        .pipelines
+        .iter()
+        .flat_map(|pipeline| {
+            pipeline.tenants.iter().map(|(name, tenant)| {
+                (vec![("pipeline", pipeline.name.clone()), ("tenant", name.clone())], tenant)
+            })
+        })
+        .collect();
+    let value = |is_counter, name, help, value: fn(&TenantSnapshot) -> f64| {
+        metric(&items, is_counter, name, help, move |tenant| Some(value(tenant)))
+    };
+    vec![
+        value(true, "tidemill_tenant_documents", "Documents answered", |one| one.documents as f64),
+        value(true, "tidemill_tenant_prompt_tokens", "Prompt tokens", |one| one.prompt_tokens as f64),
+        value(true, "tidemill_tenant_generation_tokens", "Answer tokens", |one| one.output_tokens as f64),
+        value(true, "tidemill_tenant_wait_seconds", "Time that prompts have waited", |one| one.wait_seconds),
+        value(false, "tidemill_tenant_waiting", "Prompts that wait", |one| one.waiting as f64),
+    ]
+}
+
+fn kafka(snapshot: &Snapshot) -> Vec<Metric> {
+    let with_kafka: Vec<(&PipelineSnapshot, &KafkaView)> =
+        snapshot.pipelines.iter().filter_map(|pipeline| Some((pipeline, pipeline.kafka.as_ref()?))).collect();
+    let partitions: Vec<(Labels, &PartitionView)> = with_kafka
+        .iter()
+        .flat_map(|(pipeline, kafka)| {
+            kafka.partitions.iter().map(|partition| {
+                let labels = vec![
+                    ("pipeline", pipeline.name.clone()),
+                    ("topic", partition.topic.clone()),
+                    ("partition", partition.partition.to_string()),
+                ];
+                (labels, partition)
+            })
+        })
+        .collect();
+    let clients: Vec<(Labels, &KafkaView)> = with_kafka
+        .iter()
+        .map(|(pipeline, kafka)| (vec![("pipeline", pipeline.name.clone())], *kafka))
+        .collect();
+    let offset = |name, help, value: fn(&PartitionView) -> Option<i64>| {
+        metric(&partitions, false, name, help, move |partition| value(partition).map(|offset| offset as f64))
+    };
+    let count = |name, help, value: fn(&KafkaView) -> u64| {
+        metric(&clients, true, name, help, move |kafka| Some(value(kafka) as f64))
+    };
+    vec![
+        offset("tidemill_kafka_lag", "Records behind the group's committed offset", |one| one.lag),
+        offset("tidemill_kafka_position", "The next offset to read", |one| one.position),
+        offset("tidemill_kafka_end_offset", "Where the partition ends", |one| one.end),
+        metric(&clients, false, "tidemill_kafka_paused", "1 while partitions are held back", |one| {
+            Some(f64::from(u8::from(one.is_paused)))
+        }),
+        count("tidemill_kafka_records_read", "Records read", |one| one.records_read),
+        count("tidemill_kafka_records_written", "Records written and committed", |one| one.records_written),
+        count("tidemill_kafka_transactions_committed", "Transactions committed", |one| {
+            one.transactions_committed
+        }),
+        count("tidemill_kafka_transactions_aborted", "Transactions aborted and tried again", |one| {
+            one.transactions_aborted
+        }),
+        count("tidemill_kafka_producers_fenced", "Producers replaced after they were fenced", |one| {
+            one.producers_fenced
+        }),
+        count("tidemill_kafka_epochs_canceled", "Batches of lost partitions thrown away", |one| {
+            one.epochs_canceled
+        }),
+        count("tidemill_kafka_rebalances", "Changes of the assignment", |one| one.rebalances),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn full() -> Snapshot {
+        let partition = PartitionView {
+            topic: "articles".to_owned(),
+            partition: 3,
+            position: Some(40),
+            committed: Some(30),
+            end: Some(50),
+            lag: Some(20),
+        };
+        let pipeline = PipelineSnapshot {
+            name: "news".to_owned(),
+            model: "fake".to_owned(),
+            prompt_tokens: 7,
+            engines: vec![EngineSnapshot {
+                kv_pages_total: 4,
+                kv_pages_in_use: 1,
+                ..EngineSnapshot::default()
+            }],
+            tenants: [("acme".to_owned(), TenantSnapshot::default())].into(),
+            kafka: Some(KafkaView { partitions: vec![partition], ..KafkaView::default() }),
+            ..PipelineSnapshot::default()
+        };
+        Snapshot { pipelines: vec![pipeline] }
+    }
+
+    #[test]
+    fn figures_have_their_names_and_labels() {
+        let text = encode(full());
+        for line in [
+            "vllm:prompt_tokens_total{pipeline=\"news\",model_name=\"fake\"} 7",
+            "vllm:kv_cache_usage_perc{pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 0.25",
+            "tidemill_kafka_lag{pipeline=\"news\",topic=\"articles\",partition=\"3\"} 20",
+            "tidemill_tenant_documents_total{pipeline=\"news\",tenant=\"acme\"} 0",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn the_dashboard_asks_for_metrics_that_exist() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/grafana/tidemill.json");
+        let dashboard: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let text = encode(full());
+        let mut num_queries = 0;
+        for panel in dashboard["panels"].as_array().unwrap() {
+            for target in panel["targets"].as_array().unwrap() {
+                let query = target["expr"].as_str().unwrap();
+                let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+                let names = query
+                    .split(|c| !is_name(c))
+                    .filter(|name| name.starts_with("vllm:") || name.starts_with("tidemill_"));
+                for name in names {
+                    num_queries += 1;
+                    assert!(text.contains(&format!("\n{name}{{")), "{name} of the dashboard does not exist");
+                }
+            }
+        }
+        assert!(num_queries > 8);
+    }
+}
