@@ -3,6 +3,7 @@
 //! Every measurement prints a table and can write JSON, always with the machine's own peak measured in the same
 //! run, since speeds of two machines or of two days cannot be compared. Figures are medians of a few repeats.
 
+mod connectors;
 mod engine;
 mod grouping;
 mod linear;
@@ -17,10 +18,12 @@ use clap::{Args, Subcommand};
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
+use tidemill_connectors::kafka::KafkaError;
 use tidemill_kernels::step::StepError;
 use tidemill_operators::infer::engine::SubmitError;
 use tidemill_operators::tokenizer::TokenizerError;
 
+use self::connectors::ConnectorsArgs;
 use crate::models::catalogue::{CATALOGUE, ModelRef, resolve};
 use crate::models::load::LoadError;
 use crate::run::RunError;
@@ -37,6 +40,8 @@ pub enum Bench {
     Grouping(GroupingArgs),
     /// What the fast path costs in quality: its perplexity on a text, beside that of f32
     Perplexity(PerplexityArgs),
+    /// Records a second from topic to topic, beside a plain loop over the same client and kcat; without a model
+    Connectors(ConnectorsArgs),
     /// The time from the start to the first token; `engine` starts it as a process of its own
     #[command(hide = true)]
     FirstToken { model: String },
@@ -143,6 +148,8 @@ pub enum BenchError {
     #[error(transparent)]
     Definition(#[from] Box<SpecError>),
     #[error(transparent)]
+    Kafka(#[from] KafkaError),
+    #[error(transparent)]
     Run(#[from] RunError),
     #[error("the run was not finished: {errors} documents failed")]
     Unfinished { errors: u64 },
@@ -163,6 +170,7 @@ impl BenchError {
         match self {
             Self::UnknownModel { nearest, .. } => Some(format!("known are: {nearest}")),
             Self::Load(error) => error.help(),
+            Self::Kafka(error) => error.help(),
             Self::Run(error) => error.help(),
             Self::Definition(error) => error.help.clone(),
             Self::NoRequests { .. } => {
@@ -190,6 +198,10 @@ pub fn bench(command: &Bench) -> Result<(), BenchError> {
         }
         Bench::Perplexity(args) => {
             let report = perplexity::measure(args)?;
+            finish(&report.render(), &report, args.json.as_deref())
+        }
+        Bench::Connectors(args) => {
+            let report = connectors::measure(args)?;
             finish(&report.render(), &report, args.json.as_deref())
         }
         Bench::FirstToken { model } => engine::first_token(model),

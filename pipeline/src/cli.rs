@@ -18,6 +18,7 @@ use crate::plan::{Checked, Target, chain, check};
 use crate::run::{Outcome, RunError, RunOptions, run_together, stop_on_signal};
 use crate::spec::{Definition, SpecError};
 use crate::summary::{Summary, thousands};
+use crate::top::{TopArgs, TopError, top};
 use crate::topics::{Topics, TopicsError, topics};
 
 /// Exit codes; `README.md` documents them.
@@ -65,6 +66,8 @@ enum Command {
     /// Fetch and look at models
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Watch running pipelines
+    Top(TopArgs),
     /// Make, fill and look into Kafka topics
     #[command(subcommand)]
     Topics(Topics),
@@ -136,6 +139,8 @@ pub enum CliError {
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
+    Top(#[from] TopError),
+    #[error(transparent)]
     Topics(#[from] TopicsError),
     #[error("no model {name:?}")]
     UnknownModel { name: String, nearest: String },
@@ -182,6 +187,7 @@ impl CliError {
             Self::Explain(error) => error.help(),
             Self::Bench(error) => error.help(),
             Self::Load(error) => error.help(),
+            Self::Top(error) => error.help(),
             Self::Topics(TopicsError::Kafka(error)) => error.help(),
             Self::Topics(_) => None,
             Self::UnknownModel { nearest, .. } => Some(format!("known are: {nearest}")),
@@ -207,6 +213,7 @@ pub fn execute(cli: Cli) -> Result<(), CliError> {
         Command::Explain(args) => explain_command(&args),
         Command::Bench(command) => Ok(bench(&command)?),
         Command::Models(command) => models_command(command),
+        Command::Top(args) => Ok(top(&args)?),
         Command::Topics(command) => Ok(topics(&command)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -18,4 +18,5 @@ pub mod run;
 pub mod spec;
 pub mod state;
 pub mod summary;
+pub mod top;
 pub mod topics;

@@ -25,7 +25,7 @@ const EDGES: [(&str, &[&str]); 5] = [
     ("tidemill-tests", &["tidemill", "tidemill-connectors", "tidemill-kernels", "tidemill-operators"]),
 ];
 
-const FOLDERS: [&str; 8] =
+const FOLDERS: [&str; 9] =
     [".ci", "connectors", "deploy", "examples", "kernels", "operators", "pipeline", "scripts", "tests"];
 
 /// How a forbidden name is found in code.

@@ -178,6 +178,50 @@ pub fn read(cluster: &Cluster, topic: &str, mut take: impl FnMut(Record) -> bool
     Ok(())
 }
 
+/// Reads every record that is there and writes it to another topic: what a program without Tidemill would do.
+pub fn copy(cluster: &Cluster, from: &str, to: &str, mut begun: impl FnMut()) -> Result<u64, KafkaError> {
+    let fail = |error: Client| cluster.error("copy", &error);
+    let client = reader(cluster, "read_committed")?;
+    let mut open = end_offsets_of(cluster, &client, from)?;
+    open.retain(|_, end| *end > 0);
+    let mut list = TopicPartitionList::new();
+    for &partition in open.keys() {
+        list.add_partition_offset(from, partition, Offset::Beginning).map_err(fail)?;
+    }
+    let ours = [("linger.ms", "5"), ("enable.idempotence", "true"), ("partitioner", "murmur2_random")];
+    let producer: BaseProducer<Deliveries> =
+        cluster.client(&ours).create_with_context(Deliveries::default()).map_err(fail)?;
+    client.assign(&list).map_err(fail)?;
+    let mut num_records = 0;
+    while !open.is_empty() {
+        let message = match client.poll(TIMEOUT) {
+            None => return Err(fail(Client::MessageConsumption(RDKafkaErrorCode::OperationTimedOut))),
+            Some(Err(Client::PartitionEOF(partition))) => {
+                open.remove(&partition);
+                continue;
+            }
+            Some(message) => message.map_err(fail)?,
+        };
+        begun();
+        let mut out = BaseRecord::<[u8], [u8]>::to(to);
+        (out.key, out.payload) = (message.key(), message.payload());
+        while let Err((error, back)) = producer.send(out) {
+            if !matches!(error, Client::MessageProduction(RDKafkaErrorCode::QueueFull)) {
+                return Err(fail(error));
+            }
+            out = back;
+            producer.poll(Duration::from_millis(10));
+        }
+        num_records += 1;
+        producer.poll(Duration::ZERO);
+    }
+    producer.flush(TIMEOUT).map_err(fail)?;
+    match producer.context().failure() {
+        Some(reason) => Err(KafkaError::Broker { action: "copy", brokers: cluster.brokers.clone(), reason }),
+        None => Ok(num_records),
+    }
+}
+
 /// All committed records of a topic, by partition and offset.
 pub fn read_all(cluster: &Cluster, topic: &str) -> Result<Vec<Record>, KafkaError> {
     let mut records = Vec::new();
