@@ -111,6 +111,11 @@ impl KafkaBroker {
         }
     }
 
+    /// The run is ending: from now on, the broker is not waited for without end.
+    pub fn hurry(&mut self) {
+        self.stop = Arc::new(AtomicBool::new(true));
+    }
+
     /// The most bytes of a record for a topic.
     pub fn limit(&self, target: Target) -> usize {
         self.limits[target as usize]
@@ -333,6 +338,9 @@ impl Broker for KafkaBroker {
                 brokers = self.spec.cluster.brokers,
                 "still waiting for the broker to take results"
             );
+        }
+        if let Progress::Group { group, .. } = &self.progress {
+            group.attend();
         }
         if self.stop.load(Ordering::Acquire) {
             self.grace = self.grace.saturating_sub(time);

@@ -5,6 +5,7 @@
 //! never a generation that is newer than the leases it has checked.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -43,6 +44,8 @@ pub enum Start {
 pub struct Group {
     consumer: BaseConsumer<GroupContext>,
     cluster: Cluster,
+    /// Nobody reads any more: whoever commits must poll, or a rebalance would wait for us for ever.
+    is_left: AtomicBool,
 }
 
 /// What callbacks work on.
@@ -82,7 +85,7 @@ impl Group {
         config.set("auto.offset.reset", reset);
         let context = GroupContext { assignment: Mutex::new(Assignment::new(names)), stats, start };
         let consumer = config.create_with_context(context).map_err(|error| cluster.error("read", &error))?;
-        Ok(Self { consumer, cluster: cluster.clone() })
+        Ok(Self { consumer, cluster: cluster.clone(), is_left: AtomicBool::new(false) })
     }
 
     pub(super) fn assignment(&self) -> MutexGuard<'_, Assignment> {
@@ -147,6 +150,18 @@ impl Group {
             .filter(|name| matches(name))
             .map(str::to_owned)
             .collect())
+    }
+
+    /// The reader is gone; see [`attend`](Self::attend).
+    pub(super) fn leave_polling(&self) {
+        self.is_left.store(true, Ordering::Release);
+    }
+
+    /// Lets rebalances happen if nobody else does; what is read goes to nobody.
+    pub(super) fn attend(&self) {
+        if self.is_left.load(Ordering::Acquire) {
+            drop(self.consumer.poll(Duration::ZERO));
+        }
     }
 
     pub(super) fn poll(&self, wait: Duration) -> Option<KafkaResult<BorrowedMessage<'_>>> {
@@ -277,7 +292,8 @@ impl ClientContext for GroupContext {
                 let partition = Partition::new(topic, *number);
                 let Some(known) = stats.partitions.get_mut(&partition) else { continue };
                 let given = |offset: i64| (offset >= 0).then_some(offset);
-                known.fetched = given(found.next_offset).or(known.fetched);
+                known.fetched = given(found.next_offset).filter(|_| found.fetchq_cnt == 0);
+                known.num_reports += 1;
                 known.committed = given(found.committed_offset).or(known.committed);
                 known.end = given(found.ls_offset).or(given(found.hi_offset)).or(known.end);
             }

@@ -94,6 +94,11 @@ impl KafkaOutput {
         Ok((Self { committer, spec, has_group, done }, resume))
     }
 
+    /// The run is ending: what the broker does not take soon is left for the next one.
+    pub fn hurry(&mut self) {
+        self.committer.broker().hurry();
+    }
+
     /// The most bytes of a record for a topic.
     pub fn limit(&mut self, target: Target) -> usize {
         self.committer.broker().limit(target)

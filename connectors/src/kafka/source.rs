@@ -175,7 +175,12 @@ impl KafkaSource {
     fn set_paused(&mut self, paused: bool) -> Result<(), SourceError> {
         self.group.set_paused(paused).map_err(|error| self.error(&error))?;
         self.is_paused = paused;
-        self.stats.lock().is_paused = paused;
+        let mut stats = self.stats.lock();
+        stats.is_paused = paused;
+        // What was fetched ahead is thrown away and fetched again.
+        for partition in stats.partitions.values_mut() {
+            (partition.fetched, partition.num_reports) = (None, 0);
+        }
         Ok(())
     }
 
@@ -198,19 +203,25 @@ impl KafkaSource {
         if !self.spec.until_end {
             return Ok(true);
         }
-        let end = self.end_of(partition)?;
+        // What the broker does not tell now it tells later; a record that is here lies before the end.
+        let Some(end) = self.end_of(partition)? else { return Ok(true) };
         if offset + 1 >= end.offset {
             end.is_reached = true;
         }
         Ok(offset < end.offset)
     }
 
-    fn end_of(&mut self, partition: &Partition) -> Result<&mut End, SourceError> {
+    /// `None` if the broker cannot be asked now.
+    fn end_of(&mut self, partition: &Partition) -> Result<Option<&mut End>, SourceError> {
         if !self.ends.contains_key(partition) {
-            let offset = self.group.end_of(partition).map_err(|error| self.error(&error))?;
-            self.ends.insert(partition.clone(), End { offset, is_reached: offset == 0 });
+            match self.group.end_of(partition) {
+                Ok(offset) => {
+                    self.ends.insert(partition.clone(), End { offset, is_reached: offset == 0 });
+                }
+                Err(error) => self.bear(&error)?,
+            }
         }
-        Ok(self.ends.get_mut(partition).expect("it was just looked up"))
+        Ok(self.ends.get_mut(partition))
     }
 
     /// Whether all that is assigned was read to its end.
@@ -221,10 +232,10 @@ impl KafkaSource {
         let assigned: Vec<Partition> =
             self.group.assignment().partitions().map(|(partition, _)| partition.clone()).collect();
         for partition in &assigned {
-            let fetched = self.stats.lock().partitions.get(partition).and_then(|stats| stats.fetched);
-            let end = self.end_of(partition)?;
+            let stats = self.stats.lock().partitions.get(partition).cloned().unwrap_or_default();
+            let Some(end) = self.end_of(partition)? else { return Ok(false) };
             // Only asked when the client has nothing more to give.
-            end.is_reached |= fetched.is_some_and(|fetched| fetched >= end.offset);
+            end.is_reached |= stats.has_reached(end.offset);
             if !end.is_reached {
                 return Ok(false);
             }
@@ -330,8 +341,10 @@ impl KafkaSource {
         let mut candidates: Vec<Partition> =
             self.group.assignment().partitions().map(|(partition, _)| partition.clone()).collect();
         candidates.retain(|partition| partition.number == number);
-        if let [partition] = candidates.as_slice() {
-            self.end_of(partition)?.is_reached = true;
+        if let [partition] = candidates.as_slice()
+            && let Some(end) = self.end_of(partition)?
+        {
+            end.is_reached = true;
         }
         Ok(())
     }
@@ -353,6 +366,12 @@ impl KafkaSource {
         }
         tracing::info!(reason = reason(error), "consumer");
         Ok(())
+    }
+}
+
+impl Drop for KafkaSource {
+    fn drop(&mut self) {
+        self.group.leave_polling();
     }
 }
 

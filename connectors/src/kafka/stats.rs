@@ -12,8 +12,10 @@ pub struct PartitionStats {
     pub position: Option<i64>,
     /// The group's committed offset.
     pub committed: Option<i64>,
-    /// The next offset to fetch, records of transactions themselves counted.
+    /// The next offset to fetch, records of transactions themselves counted, when nothing fetched waits to be read.
     pub fetched: Option<i64>,
+    /// How often the client has told of the partition since it was last paused.
+    pub num_reports: u32,
     /// Where the partition ends, as far as committed records go.
     pub end: Option<i64>,
 }
@@ -47,6 +49,13 @@ pub struct KafkaSnapshot {
 #[derive(Clone, Debug, Default)]
 pub struct KafkaStats {
     inner: Arc<Mutex<KafkaSnapshot>>,
+}
+
+impl PartitionStats {
+    /// Whether all before `end` was fetched and read. The client's first report after a pause may be from before it.
+    pub(super) fn has_reached(&self, end: i64) -> bool {
+        self.num_reports >= 2 && self.fetched.is_some_and(|fetched| fetched >= end)
+    }
 }
 
 impl KafkaStats {

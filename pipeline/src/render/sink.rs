@@ -182,6 +182,11 @@ impl Writer {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
+        if let Target::Topics { output, .. } = &mut self.target
+            && self.shared.should_stop()
+        {
+            output.hurry();
+        }
         self.commit()?;
         self.judge(0);
         if !self.shared.should_stop() {
