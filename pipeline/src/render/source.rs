@@ -32,7 +32,7 @@ const KV_FILLINGS: u64 = 64;
 /// Batches of which the tokens are not known yet, for each worker: one to render and one to come.
 const MAX_UNRENDERED: usize = 2;
 /// Batches that wait outside the dataflow.
-const MAX_BATCHES_AHEAD: usize = 2;
+const MAX_BATCHES_AHEAD: usize = 4;
 
 /// A source that is ready to be read.
 pub struct SourceThread {
@@ -69,8 +69,10 @@ impl SourceThread {
     }
 }
 
-/// How long a source that must not be left alone is held back at a time.
-const HOLD_BACK: Duration = Duration::from_millis(20);
+/// How long a source that must not be left alone is held back at a time: first as long as a batch takes to go where
+/// nothing is slow, then longer and longer.
+const MIN_HOLD_BACK: Duration = Duration::from_micros(200);
+const MAX_HOLD_BACK: Duration = Duration::from_millis(20);
 
 fn pump(
     source: &mut dyn Source,
@@ -84,6 +86,7 @@ fn pump(
             Read::Idle => continue,
             Read::End => return Ok(()),
         };
+        let mut wait = MIN_HOLD_BACK;
         loop {
             match batches.try_send(batch) {
                 Ok(()) => break,
@@ -91,12 +94,13 @@ fn pump(
                 Err(TrySendError::Disconnected(_)) => return Ok(()),
                 Err(TrySendError::Full(back)) => batch = back,
             }
-            if !source.hold_back(HOLD_BACK)? {
+            if !source.hold_back(wait)? {
                 if batches.send(batch).is_err() {
                     return Ok(());
                 }
                 break;
             }
+            wait = (wait * 2).min(MAX_HOLD_BACK);
         }
         // Fails only when the worker is gone, and then nobody needs waking.
         let _ = operator.activate();
