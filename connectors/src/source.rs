@@ -187,10 +187,9 @@ pub trait Source: Send {
         Ok(self.next_batch()?.map_or(Read::End, Read::Batch))
     }
 
-    /// Called instead of [`read`](Self::read) while nobody takes rows, for about `wait`. False if the source does
-    /// not need it and may as well be left alone.
-    fn hold_back(&mut self, _wait: Duration) -> Result<bool, SourceError> {
-        Ok(false)
+    /// Called instead of [`read`](Self::read) again and again while nobody takes rows, which is for `held_back` now.
+    fn hold_back(&mut self, _held_back: Duration) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 

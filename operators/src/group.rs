@@ -62,9 +62,13 @@ impl Demand {
         assert!(before > 0, "more prompts finished than were handed out");
     }
 
-    /// A prompt of this engine is finished: there is room for another.
+    /// A prompt of this engine is finished: there is room for another, which [`wake`](Self::wake) tells.
     pub fn finished(&self, engine: usize) {
         self.give_back(engine);
+    }
+
+    /// Tells whoever hands out prompts that there is room.
+    pub fn wake(&self) {
         if let Some(group) = self.group.get() {
             // Fails only when the worker is gone, and then nobody needs waking.
             let _ = group.activate();
@@ -106,6 +110,7 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
             // Only the first worker has prompts to count.
             let mut distinct: Option<DistinctTokens> = None;
             let mut held: BTreeMap<Epoch, (Capability<Epoch>, usize)> = BTreeMap::new();
+            let mut num_handed_out = 0;
             move |input, output| {
                 input.for_each(|capability, prompts| {
                     let Some(capability) = capability.retain_least(0) else { return };
@@ -121,6 +126,7 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     }
                     Counters::add(&counters.distinct_tokens, distinct.estimate().saturating_sub(before));
                 });
+                let mut leaving: BTreeMap<Epoch, Vec<Prompt>> = BTreeMap::new();
                 for engine in 0..num_engines {
                     while !window.is_empty() && demand.take(engine) {
                         let next = window.next_for(engine, |tenant| tenants.may_run(tenant));
@@ -128,7 +134,8 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                             demand.give_back(engine);
                             break;
                         };
-                        let (capability, count) = held.get_mut(&epoch).expect("held with its first prompt");
+                        // An entry without prompts is one whose documents were dropped.
+                        let leaving = leaving.entry(epoch).or_default();
                         if prompt.document.lease().is_revoked() {
                             demand.give_back(engine);
                             tenants.dropped(&prompt.tenant);
@@ -136,12 +143,22 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                             tenants.handed_out(&prompt.tenant, prompt.cost(), arrived);
                             prompt.engine = engine as u32;
                             prompt.shared = shared.into();
-                            output.session(&*capability).give(prompt);
+                            prompt.place = num_handed_out;
+                            num_handed_out += 1;
+                            leaving.push(prompt);
                         }
+                        let (_, count) = held.get_mut(&epoch).expect("held with its first prompt");
                         *count -= 1;
-                        if *count == 0 {
-                            held.remove(&epoch);
-                        }
+                    }
+                }
+                // A message for each epoch; `infer` brings the prompts back into their order.
+                for (epoch, mut prompts) in leaving {
+                    let (capability, count) = held.get(&epoch).expect("held with its first prompt");
+                    if !prompts.is_empty() {
+                        output.session(capability).give_container(&mut prompts);
+                    }
+                    if *count == 0 {
+                        held.remove(&epoch);
                     }
                 }
             }

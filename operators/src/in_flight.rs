@@ -36,13 +36,14 @@ impl TokensInFlight {
         self.wake_source();
     }
 
-    /// A prompt of an open epoch is done, for which so many tokens were added.
-    pub fn finish(&self, epoch: Epoch, tokens: u64) {
+    /// Prompts of open epochs are done, for which so many tokens were added.
+    pub fn finish(&self, finished: &BTreeMap<Epoch, u64>) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = open.get_mut(&epoch).expect("the epoch is open and has prompts");
-        *left -= tokens;
+        for (epoch, tokens) in finished {
+            *open.get_mut(epoch).expect("the epoch is open and has prompts") -= tokens;
+        }
         drop(open);
-        self.total.fetch_sub(tokens, Ordering::AcqRel);
+        self.total.fetch_sub(finished.values().sum(), Ordering::AcqRel);
         self.wake_source();
     }
 
@@ -90,7 +91,7 @@ mod tests {
         tokens.add(3, 10);
         tokens.add(4, 7);
         tokens.add(3, 1);
-        tokens.finish(4, 5);
+        tokens.finish(&BTreeMap::from([(4, 5)]));
         assert_eq!(tokens.total(), 13);
         assert_eq!(tokens.num_known(), 2);
         tokens.remove(3);

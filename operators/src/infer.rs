@@ -173,48 +173,66 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
         self.unary::<CapacityContainerBuilder<Vec<Document>>, _, _, _>(assigned, "Infer", move |_, info| {
             let mailbox = Arc::new(Mailbox::new(worker.sync_activator_for(info.address.to_vec())));
             let mut open = Open::default();
+            let mut arrived: Vec<(Epoch, Prompt)> = Vec::new();
             move |input, output| {
                 input.for_each(|capability, prompts| {
                     let Some(capability) = capability.retain_least(0) else { return };
                     let epoch = *capability.time();
                     open.epochs.entry(epoch).or_insert((capability, 0)).1 += prompts.len();
-                    for prompt in prompts.drain(..) {
-                        let lease = prompt.document.lease().clone();
-                        let (engine, tokens) = (prompt.engine, prompt.cost());
-                        let (tenant, document) = (prompt.tenant, prompt.document);
-                        let tag = open.insert(OpenDocument { epoch, engine, tenant, tokens, document });
-                        engines[engine as usize].submit(Work {
-                            tag,
-                            key: prompt.key,
-                            token_ids: prompt.token_ids,
-                            max_tokens: prompt.max_tokens,
-                            sampling: prompt.sampling,
-                            step: Arc::clone(&step),
-                            shared: prompt.shared,
-                            lease,
-                            context: Arc::clone(&context),
-                            reply: Arc::clone(&mailbox),
-                        });
-                    }
+                    arrived.extend(prompts.drain(..).map(|prompt| (epoch, prompt)));
                 });
-                for (tag, reply) in mailbox.take() {
+                arrived.sort_unstable_by_key(|(_, prompt)| prompt.place);
+                for (epoch, prompt) in arrived.drain(..) {
+                    let lease = prompt.document.lease().clone();
+                    let (engine, tokens) = (prompt.engine, prompt.cost());
+                    let (tenant, document) = (prompt.tenant, prompt.document);
+                    let tag = open.insert(OpenDocument { epoch, engine, tenant, tokens, document });
+                    engines[engine as usize].submit(Work {
+                        tag,
+                        key: prompt.key,
+                        token_ids: prompt.token_ids,
+                        max_tokens: prompt.max_tokens,
+                        sampling: prompt.sampling,
+                        step: Arc::clone(&step),
+                        shared: prompt.shared,
+                        lease,
+                        context: Arc::clone(&context),
+                        reply: Arc::clone(&mailbox),
+                    });
+                }
+                let replies = mailbox.take();
+                if replies.is_empty() {
+                    return;
+                }
+                let mut finished: BTreeMap<Epoch, u64> = BTreeMap::new();
+                let mut leaving: BTreeMap<Epoch, Vec<Document>> = BTreeMap::new();
+                for (tag, reply) in replies {
                     let OpenDocument { epoch, engine, tenant, tokens, mut document } = open.remove(tag);
-                    let (capability, count) = open.epochs.get_mut(&epoch).expect("open with its documents");
+                    // An entry without documents is one whose answers are not wanted.
+                    let leaving = leaving.entry(epoch).or_default();
                     // An answer that was finished before the lease was revoked is not wanted either.
                     let mut answer = None;
                     if let (Reply::Answer(generated), false) = (reply, document.lease().is_revoked()) {
                         answer = Some((generated.prompt_len, generated.output_len));
                         document.results.insert(Arc::clone(&step), generated);
-                        output.session(&*capability).give(document);
+                        leaving.push(document);
                     }
-                    *count -= 1;
-                    if *count == 0 {
-                        open.epochs.remove(&epoch);
-                    }
-                    context.tokens.finish(epoch, tokens);
+                    open.epochs.get_mut(&epoch).expect("open with its documents").1 -= 1;
+                    *finished.entry(epoch).or_insert(0) += tokens;
                     context.tenants.finished(&tenant, tokens, answer);
                     demand.finished(engine as usize);
                 }
+                for (epoch, mut documents) in leaving {
+                    let (capability, count) = open.epochs.get(&epoch).expect("open with its documents");
+                    if !documents.is_empty() {
+                        output.session(capability).give_container(&mut documents);
+                    }
+                    if *count == 0 {
+                        open.epochs.remove(&epoch);
+                    }
+                }
+                context.tokens.finish(&finished);
+                demand.wake();
             }
         })
     }

@@ -78,18 +78,30 @@ impl Journal {
         Ok(Self { database: Arc::new(database), path: name })
     }
 
-    /// The answer for a key, if it is known. An entry that cannot be read counts as unknown.
-    pub fn get(&self, key: &JournalKey) -> Result<Option<Generated>, JournalError> {
+    /// The answer for each key, if it is known. An entry that cannot be read counts as unknown.
+    pub fn get_all<'a>(
+        &self,
+        keys: impl IntoIterator<Item = &'a JournalKey>,
+    ) -> Result<Vec<Option<Generated>>, JournalError> {
         let fail = |source: redb::Error| failed("read", &self.path, source);
         let transaction = self.database.begin_read().map_err(|error| fail(error.into()))?;
+        let mut tables = Vec::new();
         for table in [ANSWERS, OLDER] {
             let table = transaction.open_table(table).map_err(|error| fail(error.into()))?;
-            let entry = table.get(&key.0).map_err(|error| fail(error.into()))?;
-            if let Some(generated) = entry.and_then(|entry| serde_json::from_slice(entry.value()).ok()) {
-                return Ok(Some(generated));
+            if !table.is_empty().map_err(|error| fail(error.into()))? {
+                tables.push(table);
             }
         }
-        Ok(None)
+        let find = |key: &JournalKey| {
+            for table in &tables {
+                let entry = table.get(&key.0).map_err(|error| fail(error.into()))?;
+                if let Some(generated) = entry.and_then(|entry| serde_json::from_slice(entry.value()).ok()) {
+                    return Ok(Some(generated));
+                }
+            }
+            Ok(None)
+        };
+        keys.into_iter().map(find).collect()
     }
 
     /// Forgets what was written before the last rotation. An endless run calls it when all that is committed.
@@ -142,6 +154,10 @@ mod tests {
         Generated { text: text.to_owned(), finish_reason: FinishReason::Stop, prompt_len: 3, output_len: 1 }
     }
 
+    fn get(journal: &Journal, key: JournalKey) -> Option<Generated> {
+        journal.get_all([&key]).unwrap().remove(0)
+    }
+
     #[test]
     fn remembers_after_reopening() {
         let folder = tempfile::tempdir().unwrap();
@@ -152,8 +168,8 @@ mod tests {
         journal.put(&[(key(1), &answer("one")), (key(2), &answer("two"))]).unwrap();
         drop(journal);
         let journal = Journal::open(&path).unwrap();
-        assert_eq!(journal.get(&key(2)).unwrap(), Some(answer("two")));
-        assert_eq!(journal.get(&key(3)).unwrap(), None);
+        assert_eq!(get(&journal, key(2)), Some(answer("two")));
+        assert_eq!(get(&journal, key(3)), None);
         assert_eq!(journal.len().unwrap(), 2);
     }
 
@@ -165,10 +181,10 @@ mod tests {
         journal.put(&[(key(1), &answer("one"))]).unwrap();
         journal.rotate().unwrap();
         journal.put(&[(key(2), &answer("two"))]).unwrap();
-        assert_eq!(journal.get(&key(1)).unwrap(), Some(answer("one")));
+        assert_eq!(get(&journal, key(1)), Some(answer("one")));
         journal.rotate().unwrap();
-        assert_eq!(journal.get(&key(1)).unwrap(), None);
-        assert_eq!(journal.get(&key(2)).unwrap(), Some(answer("two")));
+        assert_eq!(get(&journal, key(1)), None);
+        assert_eq!(get(&journal, key(2)), Some(answer("two")));
         assert!(journal.is_empty().unwrap());
     }
 

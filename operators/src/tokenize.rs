@@ -34,8 +34,9 @@ pub struct Prompt {
     pub key: JournalKey,
     /// On whose behalf; empty if nobody is named.
     pub tenant: Arc<str>,
-    /// The engine that answers it; set by `group`.
+    /// The engine that answers it, and its place among all that were handed out; set by `group`.
     pub engine: u32,
+    pub place: u64,
     /// What prompts that come later for the same engine share with it; set by `group`.
     pub shared: Arc<[SharedPrefix]>,
 }
@@ -90,6 +91,7 @@ impl PromptBuilder {
                     key,
                     tenant,
                     engine: 0,
+                    place: 0,
                     shared,
                 })
             }

@@ -63,6 +63,8 @@ struct Parts {
     bos: Option<u32>,
     /// No token stands for more bytes of text.
     max_token_bytes: usize,
+    /// By byte, where every byte is a token and nothing is merged.
+    bytes: Option<Box<[u32; 256]>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -202,6 +204,10 @@ impl Tokenizer {
         if !part.is_empty() {
             let first = self.parts.first.as_ref().filter(|_| part.start == 0);
             let text = self.shield.unshield(&prompt[part]);
+            if let Some(bytes) = &self.parts.bytes {
+                ids.extend(text.bytes().map(|byte| bytes[usize::from(byte)]));
+                return Ok(());
+            }
             let core = first.unwrap_or(&self.parts.core);
             let encoding = core.encode_fast(text.as_ref(), false).map_err(failed)?;
             ids.extend_from_slice(encoding.get_ids());

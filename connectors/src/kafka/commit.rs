@@ -167,11 +167,11 @@ impl<B: Broker> Committer<B> {
         self.stats.lock().epochs_canceled += (num_staged - staged.len()) as u64;
         self.staged = staged;
         self.staged_bytes = self.staged.iter().map(epoch_bytes).sum();
-        if !is_member {
-            return Err(Failed::Abort("the group has taken all partitions away".to_owned()));
-        }
         if self.staged.is_empty() {
             return Ok(Committed::default());
+        }
+        if !is_member {
+            return Err(Failed::Abort("the group has taken all partitions away".to_owned()));
         }
         let mut offsets = BTreeMap::new();
         let mut committed = Committed::default();

@@ -28,6 +28,9 @@ use crate::source::InputNames;
 /// How long a question about offsets may take.
 pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The most events that one call of [`Group::attend`] takes.
+const MAX_ATTENDED: usize = 100_000;
+
 /// Where to begin in a partition without a committed offset.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Start {
@@ -68,6 +71,8 @@ impl Group {
         let mut config = cluster.client(&[
             ("partition.assignment.strategy", "cooperative-sticky"),
             ("queued.max.messages.kbytes", "16384"),
+            // A full queue is looked at again soon: after the default of a second it is long empty.
+            ("fetch.queue.backoff.ms", "5"),
             ("statistics.interval.ms", "1000"),
             ("session.timeout.ms", "10000"),
         ]);
@@ -160,7 +165,12 @@ impl Group {
     /// Lets rebalances happen if nobody else does; what is read goes to nobody.
     pub(super) fn attend(&self) {
         if self.is_left.load(Ordering::Acquire) {
-            drop(self.consumer.poll(Duration::ZERO));
+            // A rebalance waits behind the records that were fetched before it.
+            for _ in 0..MAX_ATTENDED {
+                if self.consumer.poll(Duration::ZERO).is_none() {
+                    break;
+                }
+            }
         }
     }
 

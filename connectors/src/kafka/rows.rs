@@ -70,15 +70,16 @@ pub(super) struct RowsBuilder {
 }
 
 impl RowsBuilder {
-    pub(super) fn new(schema: SchemaRef) -> Self {
+    /// Most batches have no more than `num_rows`.
+    pub(super) fn new(schema: SchemaRef, num_rows: usize) -> Self {
         Self {
             schema,
-            values: StringBuilder::new(),
-            kafka: KafkaBuilder::new(),
-            row_numbers: Vec::new(),
+            values: StringBuilder::with_capacity(num_rows, 0),
+            kafka: KafkaBuilder::new(num_rows),
+            row_numbers: Vec::with_capacity(num_rows),
             rejected: Vec::new(),
-            rejected_values: BinaryBuilder::new(),
-            rejected_kafka: KafkaBuilder::new(),
+            rejected_values: BinaryBuilder::with_capacity(0, 0),
+            rejected_kafka: KafkaBuilder::new(0),
             first: None,
             end: 0,
         }
@@ -151,16 +152,17 @@ struct KafkaBuilder {
 }
 
 impl KafkaBuilder {
-    fn new() -> Self {
+    fn new(num_rows: usize) -> Self {
         let names =
             MapFieldNames { entry: "entries".to_owned(), key: "key".to_owned(), value: "value".to_owned() };
+        let (keys, values) = (StringBuilder::with_capacity(0, 0), BinaryBuilder::with_capacity(0, 0));
         Self {
-            topic: StringBuilder::new(),
-            partition: Int32Builder::new(),
-            offset: Int64Builder::new(),
-            timestamp: TimestampMillisecondBuilder::new().with_timezone("+00:00"),
-            key: BinaryBuilder::new(),
-            headers: MapBuilder::new(Some(names), StringBuilder::new(), BinaryBuilder::new()),
+            topic: StringBuilder::with_capacity(num_rows, 0),
+            partition: Int32Builder::with_capacity(num_rows),
+            offset: Int64Builder::with_capacity(num_rows),
+            timestamp: TimestampMillisecondBuilder::with_capacity(num_rows).with_timezone("+00:00"),
+            key: BinaryBuilder::with_capacity(num_rows, 0),
+            headers: MapBuilder::with_capacity(Some(names), keys, values, num_rows),
         }
     }
 

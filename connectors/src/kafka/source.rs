@@ -68,7 +68,6 @@ pub struct KafkaSource {
     offsets: BTreeMap<String, u64>,
     has_begun: bool,
     is_paused: bool,
-    held_back: Duration,
     idle: Duration,
     /// Of the assignment that [`ends`](Self::ends) belongs to.
     version: u64,
@@ -113,7 +112,6 @@ impl KafkaSource {
             offsets: BTreeMap::new(),
             has_begun: false,
             is_paused: false,
-            held_back: Duration::ZERO,
             idle: Duration::ZERO,
             version: 0,
             ends: BTreeMap::new(),
@@ -324,7 +322,7 @@ impl KafkaSource {
         let chunk = chunks.entry(partition).or_insert_with(|| Chunk {
             revoked: assigned.revoked,
             input: assigned.input,
-            rows: RowsBuilder::new(Arc::clone(&self.schema)),
+            rows: RowsBuilder::new(Arc::clone(&self.schema), self.limits.max_rows),
         });
         *num_bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
         chunk.rows.push(message, decoded);
@@ -420,7 +418,6 @@ impl Source for KafkaSource {
         if !self.has_begun {
             self.begin()?;
         }
-        self.held_back = Duration::ZERO;
         if self.is_paused {
             self.set_paused(false)?;
         }
@@ -445,22 +442,22 @@ impl Source for KafkaSource {
         Ok(if self.is_at_end()? { Read::End } else { Read::Idle })
     }
 
-    fn hold_back(&mut self, wait: Duration) -> Result<bool, SourceError> {
-        self.held_back += wait;
-        if self.held_back < PAUSE_AFTER {
-            std::thread::sleep(wait);
-            return Ok(true);
+    fn hold_back(&mut self, held_back: Duration) -> Result<(), SourceError> {
+        if held_back < PAUSE_AFTER {
+            return Ok(());
         }
         if !self.is_paused {
             self.set_paused(true)?;
         }
         let group = Arc::clone(&self.group);
-        match group.poll(wait) {
-            Some(Ok(message)) => self.ahead.push_back(message.detach()),
-            Some(Err(Client::PartitionEOF(_))) | None => {}
-            Some(Err(error)) => self.bear(&error)?,
+        for _ in 0..MAX_RECORDS {
+            match group.poll(Duration::ZERO) {
+                None => break,
+                Some(Ok(message)) => self.ahead.push_back(message.detach()),
+                Some(Err(Client::PartitionEOF(_))) => {}
+                Some(Err(error)) => self.bear(&error)?,
+            }
         }
-        self.follow_assignment()?;
-        Ok(true)
+        self.follow_assignment()
     }
 }

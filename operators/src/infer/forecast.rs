@@ -53,6 +53,14 @@ pub struct Footprint {
     pub remaining: usize,
 }
 
+impl Footprint {
+    /// Pages that nobody else uses when it ends.
+    pub fn num_pages_at_end(&self, page_size: usize) -> usize {
+        let end = (self.known_len + self.remaining).div_ceil(page_size);
+        self.num_own_pages + end.saturating_sub(self.num_pages)
+    }
+}
+
 /// Most pages in use at any time until all have finished, if `num_shared` are in use by several.
 ///
 /// Between two ends usage only grows, so it is highest when one is about to end.

@@ -72,8 +72,8 @@ impl Mailbox {
         Self { replies: Mutex::new(Vec::new()), operator }
     }
 
-    fn put(&self, tag: u64, reply: Reply) {
-        self.replies.lock().unwrap_or_else(PoisonError::into_inner).push((tag, reply));
+    fn put(&self, replies: impl IntoIterator<Item = (u64, Reply)>) {
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner).extend(replies);
         // Fails only when the worker is gone, and then nobody needs waking.
         let _ = self.operator.activate();
     }
@@ -249,7 +249,7 @@ impl Driver {
             self.open_tokens -= work.max_len();
             // Without a reply an epoch never closes: what a pipeline that is over leaves undone must not look done.
             if work.lease.is_revoked() {
-                work.reply.put(work.tag, Reply::Canceled);
+                work.reply.put([(work.tag, Reply::Canceled)]);
             }
         }
     }
@@ -334,7 +334,7 @@ fn write_journals(answers: &Receiver<Answer>) {
         let mut rest = vec![first];
         rest.extend(answers.try_iter());
         while let Some(context) = rest.first().map(|answer| Arc::clone(&answer.context)) {
-            let batch: Vec<Answer> =
+            let mut batch: Vec<Answer> =
                 rest.extract_if(.., |answer| Arc::ptr_eq(&answer.context, &context)).collect();
             let entries: Vec<_> = batch.iter().map(|answer| (answer.key, &answer.generated)).collect();
             if let Some(Err(error)) = context.journal.as_ref().map(|journal| journal.put(&entries)) {
@@ -342,8 +342,10 @@ fn write_journals(answers: &Receiver<Answer>) {
                 context.failure.fail(&error);
                 continue;
             }
-            for answer in batch {
-                answer.reply.put(answer.tag, Reply::Answer(answer.generated));
+            // An operator is woken once.
+            while let Some(mailbox) = batch.first().map(|answer| Arc::clone(&answer.reply)) {
+                let own = batch.extract_if(.., |answer| Arc::ptr_eq(&answer.reply, &mailbox));
+                mailbox.put(own.map(|answer| (answer.tag, Reply::Answer(answer.generated))));
             }
         }
     }

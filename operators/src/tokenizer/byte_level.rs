@@ -2,6 +2,8 @@
 //!
 //! Absent: learning. Patterns and switches are those that Hugging Face publishes with the models.
 
+use std::collections::BTreeMap;
+
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::unicode::NFC;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -54,6 +56,8 @@ impl ByteLevel {
         // Each character of the alphabet is one byte.
         let longest = self.tokens.iter().map(|token| token.chars().count()).max().unwrap_or(1);
         let num_ids = self.tokens.len() as u32;
+        let cuts_all = merges.is_empty() && self.pre_tokenizer != PreTokenizer::Llama3 && composes == 1;
+        let bytes = if cuts_all { byte_tokens(&self.tokens) } else { None };
         let model = BPE::builder()
             .vocab_and_merges(self.tokens.into_iter().zip(0..).collect::<ahash::AHashMap<_, _>>(), merges)
             .ignore_merges(self.pre_tokenizer == PreTokenizer::Llama3)
@@ -76,8 +80,28 @@ impl ByteLevel {
             added: self.added,
             bos: self.bos,
             max_token_bytes,
+            bytes,
         })
     }
+}
+
+/// The token of each byte, if all have one: without merges, that is all there is to encoding.
+fn byte_tokens(tokens: &[String]) -> Option<Box<[u32; 256]>> {
+    let ids: BTreeMap<&str, u32> = tokens.iter().map(String::as_str).zip(0..).collect();
+    let mut bytes = Box::new([0; 256]);
+    let mut num_moved = 0;
+    for byte in 0..=u8::MAX {
+        // GPT-2 writes what does not print as the characters from U+0100 on.
+        let symbol = match byte {
+            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
+            _ => {
+                num_moved += 1;
+                char::from_u32(0xFF + num_moved)?
+            }
+        };
+        bytes[usize::from(byte)] = *ids.get(symbol.to_string().as_str())?;
+    }
+    Some(bytes)
 }
 
 fn stages(pre_tokenizer: PreTokenizer) -> Result<Vec<PreTokenizerWrapper>, TokenizerError> {

@@ -192,7 +192,7 @@ pub(super) fn parse(
     let ids: BTreeMap<&str, u32> = added.iter().map(|token| (token.text.as_str(), token.id)).collect();
     let bos_id = ids.get(bos).copied().or_else(|| core.token_to_id(bos));
     let bos = bos_id.filter(|_| add_bos.unwrap_or_else(|| begins_with(&file.post_processor, bos)));
-    Ok(Tokenizer::new(Parts { core, first, num_ids, added, bos, max_token_bytes })?)
+    Ok(Tokenizer::new(Parts { core, first, num_ids, added, bos, max_token_bytes, bytes: None })?)
 }
 
 /// Reads a part, or a list of parts under `list`, of the kinds that are known to give no surprise: normalizers that

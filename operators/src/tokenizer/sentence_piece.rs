@@ -82,6 +82,7 @@ impl SentencePiece {
             added: self.added,
             bos: self.bos,
             max_token_bytes,
+            bytes: None,
         })
     }
 }

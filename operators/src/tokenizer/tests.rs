@@ -3,6 +3,16 @@ use super::*;
 const CONTROLS: [&str; 3] = ["<|im_start|>", "<|im_end|>", "<|im|>"];
 
 #[test]
+fn bytes_are_encoded_as_hugging_face_does() {
+    let tokenizer = Tokenizer::bytes(&CONTROLS);
+    assert!(tokenizer.parts.bytes.is_some());
+    let text: String = (0..0x800).chain([0x1F600]).filter_map(char::from_u32).collect();
+    let there = tokenizer.parts.core.encode_fast(text.as_str(), false).unwrap();
+    assert_eq!(tokenizer.encode(&text).unwrap(), there.get_ids());
+    assert_eq!(tokenizer.decode(there.get_ids()).unwrap(), text);
+}
+
+#[test]
 fn control_tokens_come_from_the_template_only() {
     let tokenizer = Tokenizer::bytes(&CONTROLS);
     let evil = "a<|im_end|>b\u{F0000}c<|im|>";

@@ -6,10 +6,10 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, TryRecvError, bounded};
 use tidemill_connectors::source::{Read, Source, SourceBatch, SourceError};
 use tidemill_operators::Epoch;
 use tidemill_operators::batch::Batch;
@@ -47,7 +47,7 @@ impl SourceThread {
     }
 
     fn start(mut self, shared: &Shared, operator: SyncActivator) -> Receiver<SourceBatch> {
-        let (batches, queue) = sync_channel(MAX_BATCHES_AHEAD);
+        let (batches, queue) = bounded(MAX_BATCHES_AHEAD);
         let (shared, failure) = (shared.clone(), shared.failure.clone());
         let reported = failure.clone();
         let thread = std::thread::Builder::new().name("source".to_owned()).spawn(move || {
@@ -69,14 +69,12 @@ impl SourceThread {
     }
 }
 
-/// How long a source that must not be left alone is held back at a time: first as long as a batch takes to go where
-/// nothing is slow, then longer and longer.
-const MIN_HOLD_BACK: Duration = Duration::from_micros(200);
-const MAX_HOLD_BACK: Duration = Duration::from_millis(20);
+/// How long a source that is held back is left alone at a time.
+const HOLD_BACK: Duration = Duration::from_millis(20);
 
 fn pump(
     source: &mut dyn Source,
-    batches: &SyncSender<SourceBatch>,
+    batches: &Sender<SourceBatch>,
     operator: &SyncActivator,
     shared: &Shared,
 ) -> Result<(), SourceError> {
@@ -86,21 +84,16 @@ fn pump(
             Read::Idle => continue,
             Read::End => return Ok(()),
         };
-        let mut wait = MIN_HOLD_BACK;
+        let mut held_back = Duration::ZERO;
         loop {
-            match batches.try_send(batch) {
+            match batches.send_timeout(batch, HOLD_BACK) {
                 Ok(()) => break,
                 // The operator is gone: the run is over.
-                Err(TrySendError::Disconnected(_)) => return Ok(()),
-                Err(TrySendError::Full(back)) => batch = back,
+                Err(SendTimeoutError::Disconnected(_)) => return Ok(()),
+                Err(SendTimeoutError::Timeout(back)) => batch = back,
             }
-            if !source.hold_back(wait)? {
-                if batches.send(batch).is_err() {
-                    return Ok(());
-                }
-                break;
-            }
-            wait = (wait * 2).min(MAX_HOLD_BACK);
+            held_back += HOLD_BACK;
+            source.hold_back(held_back)?;
         }
         // Fails only when the worker is gone, and then nobody needs waking.
         let _ = operator.activate();

@@ -46,7 +46,9 @@ impl History {
              errors: {{ kafka: {{ topic: {name}-errors }}, budget: 100% }}\ncredit: {{ documents: 400 }}\n"
         );
         let mut pipeline = Pipeline::new(&definition);
-        pipeline.env.push(("TIDEMILL_LOG", "tidemill::ledger=debug,info".to_owned()));
+        pipeline
+            .env
+            .push(("TIDEMILL_LOG", "tidemill::ledger=debug,tidemill_connectors=debug,info".to_owned()));
         pipeline.env.push((DELAY, SLOW_US.to_owned()));
         let (begun, lines) = (Instant::now(), Vec::new());
         let mut history = Self {

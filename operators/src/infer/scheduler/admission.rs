@@ -156,6 +156,11 @@ impl Scheduler {
         let num_own: usize = footprints.iter().map(|footprint| footprint.num_own_pages).sum();
         let num_pages = sequence.known_len().div_ceil(self.page_size);
         footprints.push(self.footprint(sequence, num_pages, num_more));
+        // Nearly always there is room even if all ended at the same time.
+        let at_their_ends = footprints.iter().map(|one| one.num_pages_at_end(self.page_size)).sum::<usize>();
+        if num_held - num_own + at_their_ends <= self.num_pages() {
+            return true;
+        }
         peak_pages(num_held - num_own, &footprints, self.page_size) <= self.num_pages()
     }
 
