@@ -11,15 +11,19 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 /// Instructions one rendering may take. A long conversation needs some thousands.
 const MAX_FUEL: u64 = 1_000_000;
 const NAME: &str = "chat_template";
-/// For models that were not taught a conversation: they continue the text.
-const PLAIN: &str = "{{ messages | map(attribute='content') | join('\n\n') }}";
+/// Between the messages, for models that were not taught a conversation.
+const BREAK: &str = "\n\n";
 
-/// A compiled chat template.
+/// How messages become a prompt.
 #[derive(Debug)]
-pub struct ChatTemplate {
-    environment: Environment<'static>,
-    bos_token: String,
-    eos_token: String,
+pub enum ChatTemplate {
+    /// One after the other.
+    Plain,
+    Compiled {
+        environment: Box<Environment<'static>>,
+        bos_token: String,
+        eos_token: String,
+    },
 }
 
 impl ChatTemplate {
@@ -31,26 +35,29 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_template_owned(NAME, source)?;
-        Ok(Self { environment, bos_token, eos_token })
+        Ok(Self::Compiled { environment: Box::new(environment), bos_token, eos_token })
     }
 
     /// For a model that comes without a template: the text itself, which the model continues.
     pub fn plain() -> Self {
-        Self::new(PLAIN.to_owned(), String::new(), String::new()).expect("a template of our own")
+        Self::Plain
     }
 
     /// The prompt for one user message, ending where the assistant's answer begins.
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<String, Error> {
+        let Self::Compiled { environment, bos_token, eos_token } = self else {
+            return Ok(system.map_or_else(|| user.to_owned(), |system| [system, user].join(BREAK)));
+        };
         let mut messages = Vec::new();
         if let Some(system) = system {
             messages.push(context! { role => "system", content => system });
         }
         messages.push(context! { role => "user", content => user });
-        self.environment.get_template(NAME)?.render(context! {
+        environment.get_template(NAME)?.render(context! {
             messages,
             add_generation_prompt => true,
-            bos_token => self.bos_token.as_str(),
-            eos_token => self.eos_token.as_str(),
+            bos_token => bos_token.as_str(),
+            eos_token => eos_token.as_str(),
         })
     }
 }

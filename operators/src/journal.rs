@@ -3,11 +3,17 @@
 //! Keyed by content: the prompt's tokens, the model, the sampling parameters. What a key stands for never
 //! changes, so an entry is written once and needs no order. A journal belongs to one output and is deleted
 //! with its last commit; positions and epochs are not kept here but in the sink's manifest.
+//!
+//! Answers that become durable together are one value of the store, under a number that grows: the keys are random,
+//! and a store ordered by them would write a page for each. Where a key is found is kept in memory, which
+//! [`rotate`](Journal::rotate) bounds, and is read from the values when the journal is opened.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use redb::{Database, ReadableDatabase, ReadableTableMetadata, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tidemill_kernels::step::SamplingParams;
 
@@ -15,9 +21,9 @@ use crate::document::Generated;
 
 /// Part of every key. Raise it when the same inputs may give another answer.
 const ENGINE_VERSION: u32 = 1;
-const ANSWERS: TableDefinition<'static, [u8; 32], &[u8]> = TableDefinition::new("answers");
+const ANSWERS: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("answer-batches");
 /// What was written before the last rotation.
-const OLDER: TableDefinition<'static, [u8; 32], &[u8]> = TableDefinition::new("older-answers");
+const OLDER: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("older-answer-batches");
 
 /// Names an answer by everything it depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -36,7 +42,22 @@ pub struct JournalError {
 #[derive(Clone)]
 pub struct Journal {
     database: Arc<Database>,
+    index: Arc<Mutex<Index>>,
     path: Arc<str>,
+}
+
+/// Where answers are.
+#[derive(Default)]
+struct Index {
+    answers: BTreeMap<JournalKey, Place>,
+    older: BTreeMap<JournalKey, Place>,
+    next_batch: u64,
+}
+
+/// Bytes of a value.
+struct Place {
+    batch: u64,
+    range: Range<usize>,
 }
 
 impl JournalKey {
@@ -70,12 +91,18 @@ impl Journal {
         let name: Arc<str> = path.display().to_string().into();
         let fail = |source: redb::Error| failed("open", &name, source);
         let database = Database::create(path).map_err(|error| fail(error.into()))?;
-        // The table must exist before the first look-up.
+        // The tables must exist before the first look-up.
         let transaction = database.begin_write().map_err(|error| fail(error.into()))?;
-        transaction.open_table(ANSWERS).map_err(|error| fail(error.into()))?;
-        transaction.open_table(OLDER).map_err(|error| fail(error.into()))?;
+        let mut index = Index::default();
+        for (definition, is_older) in [(OLDER, true), (ANSWERS, false)] {
+            let table = transaction.open_table(definition).map_err(|error| fail(error.into()))?;
+            for entry in table.iter().map_err(|error| fail(error.into()))? {
+                let (batch, answers) = entry.map_err(|error| fail(error.into()))?;
+                index.add(batch.value(), answers.value(), is_older);
+            }
+        }
         transaction.commit().map_err(|error| fail(error.into()))?;
-        Ok(Self { database: Arc::new(database), path: name })
+        Ok(Self { database: Arc::new(database), index: Arc::new(Mutex::new(index)), path: name })
     }
 
     /// The answer for each key, if it is known. An entry that cannot be read counts as unknown.
@@ -84,61 +111,113 @@ impl Journal {
         keys: impl IntoIterator<Item = &'a JournalKey>,
     ) -> Result<Vec<Option<Generated>>, JournalError> {
         let fail = |source: redb::Error| failed("read", &self.path, source);
+        let index = self.index();
+        let find = |key| {
+            let place = index.answers.get(key).or_else(|| index.older.get(key))?;
+            Some((place.batch, place.range.clone()))
+        };
+        let places: Vec<_> = keys.into_iter().map(find).collect();
+        drop(index);
+        if places.iter().all(Option::is_none) {
+            return Ok(places.iter().map(|_| None).collect());
+        }
         let transaction = self.database.begin_read().map_err(|error| fail(error.into()))?;
         let mut tables = Vec::new();
         for table in [ANSWERS, OLDER] {
-            let table = transaction.open_table(table).map_err(|error| fail(error.into()))?;
-            if !table.is_empty().map_err(|error| fail(error.into()))? {
-                tables.push(table);
-            }
+            tables.push(transaction.open_table(table).map_err(|error| fail(error.into()))?);
         }
-        let find = |key: &JournalKey| {
+        let read = |place: Option<(u64, Range<usize>)>| {
+            let Some((batch, range)) = place else { return Ok(None) };
             for table in &tables {
-                let entry = table.get(&key.0).map_err(|error| fail(error.into()))?;
-                if let Some(generated) = entry.and_then(|entry| serde_json::from_slice(entry.value()).ok()) {
-                    return Ok(Some(generated));
+                if let Some(answers) = table.get(batch).map_err(|error| fail(error.into()))? {
+                    let answer = answers.value().get(range);
+                    return Ok(answer.and_then(|answer| serde_json::from_slice(answer).ok()));
                 }
             }
+            // A rotation came in between.
             Ok(None)
         };
-        keys.into_iter().map(find).collect()
+        places.into_iter().map(read).collect()
     }
 
-    /// Forgets what was written before the last rotation. An endless run calls it when all that is committed.
+    /// Forgets what was written before the last rotation; called when all that is committed.
     pub fn rotate(&self) -> Result<(), JournalError> {
         let fail = |source: redb::Error| failed("rotate", &self.path, source);
         let transaction = self.database.begin_write().map_err(|error| fail(error.into()))?;
         transaction.delete_table(OLDER).map_err(|error| fail(error.into()))?;
         transaction.rename_table(ANSWERS, OLDER).map_err(|error| fail(error.into()))?;
         transaction.open_table(ANSWERS).map_err(|error| fail(error.into()))?;
-        transaction.commit().map_err(|error| fail(error.into()))
+        transaction.commit().map_err(|error| fail(error.into()))?;
+        let mut index = self.index();
+        index.older = std::mem::take(&mut index.answers);
+        Ok(())
     }
 
     /// Makes the answers durable, in one transaction.
     pub fn put(&self, answers: &[(JournalKey, &Generated)]) -> Result<(), JournalError> {
         let fail = |source: redb::Error| failed("write", &self.path, source);
+        let bytes = encode(answers);
         let transaction = self.database.begin_write().map_err(|error| fail(error.into()))?;
+        // Numbers are given in the order of the transactions.
+        let batch = self.index().next_batch;
         {
             let mut table = transaction.open_table(ANSWERS).map_err(|error| fail(error.into()))?;
-            for (key, answer) in answers {
-                let bytes = serde_json::to_vec(answer).expect("plain data");
-                table.insert(&key.0, bytes.as_slice()).map_err(|error| fail(error.into()))?;
-            }
+            table.insert(batch, bytes.as_slice()).map_err(|error| fail(error.into()))?;
         }
-        transaction.commit().map_err(|error| fail(error.into()))
+        // Found only once it is durable, but numbered before the next transaction begins.
+        self.index().next_batch = batch + 1;
+        transaction.commit().map_err(|error| fail(error.into()))?;
+        self.index().add(batch, &bytes, false);
+        Ok(())
     }
 
     /// Number of answers since the last rotation.
-    pub fn len(&self) -> Result<u64, JournalError> {
-        let fail = |source: redb::Error| failed("read", &self.path, source);
-        let transaction = self.database.begin_read().map_err(|error| fail(error.into()))?;
-        let table = transaction.open_table(ANSWERS).map_err(|error| fail(error.into()))?;
-        table.len().map_err(|error| fail(error.into()))
+    pub fn len(&self) -> usize {
+        self.index().answers.len()
     }
 
-    pub fn is_empty(&self) -> Result<bool, JournalError> {
-        Ok(self.len()? == 0)
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Index {
+    fn add(&mut self, batch: u64, bytes: &[u8], is_older: bool) {
+        let answers = if is_older { &mut self.older } else { &mut self.answers };
+        let mut at = 0;
+        while let Some((key, range)) = entry(bytes, at) {
+            at = range.end;
+            answers.insert(key, Place { batch, range });
+        }
+        self.next_batch = self.next_batch.max(batch + 1);
+    }
+}
+
+/// For each answer its key, the length of the rest as `u32`, and the answer as JSON.
+fn encode(answers: &[(JournalKey, &Generated)]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (key, answer) in answers {
+        bytes.extend_from_slice(&key.0);
+        let start = bytes.len();
+        bytes.extend_from_slice(&[0; 4]);
+        serde_json::to_writer(&mut bytes, answer).expect("memory takes plain data");
+        let len = u32::try_from(bytes.len() - start - 4).expect("an answer is no gigabytes");
+        bytes[start..start + 4].copy_from_slice(&len.to_le_bytes());
+    }
+    bytes
+}
+
+/// The key of the answer that begins at `at`, and where its JSON is. `None` at the end, or if the rest is damaged.
+fn entry(bytes: &[u8], at: usize) -> Option<(JournalKey, Range<usize>)> {
+    let (key, rest) = bytes.get(at..)?.split_first_chunk::<32>()?;
+    let (len, rest) = rest.split_first_chunk::<4>()?;
+    let len = u32::from_le_bytes(*len) as usize;
+    let start = bytes.len() - rest.len();
+    (len <= rest.len()).then(|| (JournalKey(*key), start..start + len))
 }
 
 fn failed(action: &'static str, path: &str, source: redb::Error) -> JournalError {
@@ -164,13 +243,15 @@ mod tests {
         let path = folder.path().join("journal.redb");
         let key = |n| JournalKey::new("model", &[n], 8, &SamplingParams::GREEDY);
         let journal = Journal::open(&path).unwrap();
-        assert!(journal.is_empty().unwrap());
+        assert!(journal.is_empty());
         journal.put(&[(key(1), &answer("one")), (key(2), &answer("two"))]).unwrap();
         drop(journal);
         let journal = Journal::open(&path).unwrap();
         assert_eq!(get(&journal, key(2)), Some(answer("two")));
         assert_eq!(get(&journal, key(3)), None);
-        assert_eq!(journal.len().unwrap(), 2);
+        assert_eq!(journal.len(), 2);
+        journal.put(&[(key(3), &answer("three"))]).unwrap();
+        assert_eq!(get(&journal, key(1)), Some(answer("one")), "numbers go on after reopening");
     }
 
     #[test]
@@ -185,7 +266,21 @@ mod tests {
         journal.rotate().unwrap();
         assert_eq!(get(&journal, key(1)), None);
         assert_eq!(get(&journal, key(2)), Some(answer("two")));
-        assert!(journal.is_empty().unwrap());
+        assert!(journal.is_empty());
+    }
+
+    #[test]
+    fn damaged_values_are_read_as_far_as_they_go() {
+        let key = |n| JournalKey::new("model", &[n], 8, &SamplingParams::GREEDY);
+        let (one, two) = (answer("one"), answer("two"));
+        let bytes = encode(&[(key(1), &one), (key(2), &two)]);
+        let first = entry(&bytes, 0).unwrap().1.end;
+        for len in 0..bytes.len() {
+            let mut index = Index::default();
+            index.add(4, &bytes[..len], false);
+            assert_eq!(index.answers.len(), usize::from(len >= first));
+            assert_eq!(index.next_batch, 5);
+        }
     }
 
     #[test]

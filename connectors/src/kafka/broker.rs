@@ -13,7 +13,7 @@ use std::time::Duration;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{CommitMode, ConsumerGroupMetadata};
-use rdkafka::error::KafkaError as Client;
+use rdkafka::error::{KafkaError as Client, KafkaResult};
 use rdkafka::message::{DeliveryResult, Header, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext, PurgeConfig};
 use rdkafka::types::RDKafkaErrorCode;
@@ -29,6 +29,9 @@ use crate::source::InputNames;
 
 /// How long one call may block before it is made again.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often [`flush`] looks again, and for how long in all: [`CALL_TIMEOUT`].
+const FLUSH_WAIT: Duration = Duration::from_millis(1);
+const MAX_FLUSH_WAITS: u32 = 5000;
 /// How long a commit is still tried after the run was told to stop.
 const GRACE: Duration = Duration::from_secs(10);
 /// The fewest bytes that a topic may be limited to; below it no error record fits.
@@ -275,7 +278,7 @@ impl Broker for KafkaBroker {
     }
 
     fn commit(&mut self) -> Result<(), BrokerError> {
-        if let Err(error) = self.producer().flush(CALL_TIMEOUT) {
+        if let Err(error) = flush(self.producer()) {
             self.delivered()?;
             return Err(sort(error));
         }
@@ -299,7 +302,7 @@ impl Broker for KafkaBroker {
             self.producer().abort_transaction(CALL_TIMEOUT).map_err(sort)?;
         } else {
             self.producer().purge(PurgeConfig::default().queue());
-            self.producer().flush(CALL_TIMEOUT).map_err(sort)?;
+            flush(self.producer()).map_err(sort)?;
         }
         self.is_open = false;
         Ok(())
@@ -353,6 +356,22 @@ impl Broker for KafkaBroker {
             None => std::thread::sleep(time),
         }
         true
+    }
+}
+
+/// Waits until nothing is left to send. The client's own flush looks again only after 100 ms.
+pub(super) fn flush<C: ProducerContext>(producer: &BaseProducer<C>) -> KafkaResult<()> {
+    let mut num_waits = 0;
+    loop {
+        match producer.flush(Duration::ZERO) {
+            Err(Client::Flush(RDKafkaErrorCode::OperationTimedOut)) if num_waits < MAX_FLUSH_WAITS => {
+                num_waits += 1;
+                producer.poll(Duration::ZERO);
+                // The client would wait for the last millisecond in a loop.
+                std::thread::sleep(FLUSH_WAIT);
+            }
+            result => return result,
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::KafkaError;
-use super::broker::Deliveries;
+use super::broker::{Deliveries, flush};
 use super::config::{Cluster, reason};
 use super::group::Quiet;
 use super::record::Headers;
@@ -96,7 +96,7 @@ pub fn produce(
         num_records += 1;
         producer.poll(Duration::ZERO);
     }
-    producer.flush(TIMEOUT).map_err(|error| fail(&error))?;
+    flush(&producer).map_err(|error| fail(&error))?;
     match producer.context().failure() {
         Some(reason) => Err(KafkaError::Broker { action: "write", brokers: cluster.brokers.clone(), reason }),
         None => Ok(num_records),
@@ -215,7 +215,7 @@ pub fn copy(cluster: &Cluster, from: &str, to: &str, mut begun: impl FnMut()) ->
         num_records += 1;
         producer.poll(Duration::ZERO);
     }
-    producer.flush(TIMEOUT).map_err(fail)?;
+    flush(&producer).map_err(fail)?;
     match producer.context().failure() {
         Some(reason) => Err(KafkaError::Broker { action: "copy", brokers: cluster.brokers.clone(), reason }),
         None => Ok(num_records),

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tidemill_kernels::step::{SamplingParams, StepError};
 use timely::scheduling::SyncActivator;
@@ -328,11 +329,20 @@ impl Driver {
     }
 }
 
+/// Where answers come faster than this in the time of one write, each write waits so long for more of them.
+const MANY_ANSWERS: usize = 32;
+const GATHER: Duration = Duration::from_millis(2);
+
 /// Writes answers as they come, each to the journal of its pipeline; those that came during one write share the next.
 fn write_journals(answers: &Receiver<Answer>) {
+    let mut num_last = 0;
     while let Ok(first) = answers.recv() {
+        if num_last >= MANY_ANSWERS {
+            std::thread::sleep(GATHER);
+        }
         let mut rest = vec![first];
         rest.extend(answers.try_iter());
+        num_last = rest.len();
         while let Some(context) = rest.first().map(|answer| Arc::clone(&answer.context)) {
             let mut batch: Vec<Answer> =
                 rest.extract_if(.., |answer| Arc::ptr_eq(&answer.context, &context)).collect();

@@ -40,8 +40,9 @@ const MIN_JUDGED: u64 = 100;
 /// Rows are committed early when they take this much memory.
 const MAX_STAGED_BYTES: u64 = 64 << 20;
 
-/// The journal of an endless run is cut when it has this many answers.
-const MAX_JOURNAL_ANSWERS: u64 = 20_000;
+/// The journal is cut when it has this many answers: with those before them, some megabytes of memory tell where they
+/// are. An equal prompt that comes later is answered anew.
+const MAX_JOURNAL_ANSWERS: usize = 100_000;
 
 /// When to commit, and when to give up.
 #[derive(Clone, Copy, Debug)]
@@ -277,12 +278,11 @@ impl Writer {
         self.rotate_journal()
     }
 
-    /// An endless run must not keep its answers for ever. What was journaled before the last rotation belongs to
-    /// epochs up to `rotated_at`, so it is of no use when those are committed.
+    /// Answers are not kept for ever. What was journaled before the last rotation belongs to epochs up to
+    /// `rotated_at`, so it is of no use when those are committed.
     fn rotate_journal(&mut self) -> Result<(), WriteError> {
         let Some(journal) = &self.shared.journal else { return Ok(()) };
-        let is_endless = !matches!(self.target, Target::Files { may_finish: true, .. });
-        if is_endless && self.last_epoch >= self.rotated_at && journal.len()? >= MAX_JOURNAL_ANSWERS {
+        if self.last_epoch >= self.rotated_at && journal.len() >= MAX_JOURNAL_ANSWERS {
             self.rotated_at = self.shared.epochs.latest();
             journal.rotate()?;
         }

@@ -113,7 +113,7 @@ fn each_pipeline_has_its_own_counts_and_journal() {
             let num = tags.end - tags.start;
             assert_eq!(Counters::get(&context.counters.prompt_tokens), 3 * num);
             assert_eq!(Counters::get(&context.counters.output_tokens), u64::from(MAX_TOKENS) * num);
-            assert_eq!(journal.len().unwrap(), num);
+            assert_eq!(journal.len() as u64, num);
             let found = journal.get_all(&tags.into_iter().map(key).collect::<Vec<_>>()).unwrap();
             assert!(found.iter().all(Option::is_some));
         }
