@@ -43,8 +43,9 @@ demo-kafka: build kafka ## start a broker, summarize articles topic to topic, sh
 	@$(TIDEMILL) models pull $(MODEL)
 	@sh scripts/demo_kafka.sh $(TIDEMILL)
 
-kafka: setup ## fetch the broker of the tests and the demo into the cache
+kafka: setup ## fetch the broker and the schema registry of the tests and the demo into the cache
 	@sh scripts/kafka.sh fetch
+	@sh scripts/registry.sh fetch
 
 chaos: kafka ## kill, cut off and fool pipelines and a broker, and print what happened
 	@cargo test --locked --quiet -p tidemill-tests --test kafka_chaos --test kafka_simulation -- --nocapture --test-threads 1

@@ -14,6 +14,7 @@ pub mod group;
 pub mod output;
 pub mod record;
 pub mod rows;
+pub mod schema;
 pub mod source;
 pub mod stats;
 pub mod tools;

@@ -171,6 +171,12 @@ impl Journal {
         Ok(())
     }
 
+    /// Of all answers.
+    pub fn keys(&self) -> Vec<JournalKey> {
+        let index = self.index();
+        index.older.keys().chain(index.answers.keys()).copied().collect()
+    }
+
     /// Number of answers since the last rotation.
     pub fn len(&self) -> usize {
         self.index().answers.len()

@@ -13,6 +13,7 @@ use tidemill_connectors::kafka::tools::{self, Record};
 
 pub mod chaos;
 pub mod proxy;
+pub mod registry;
 pub mod simulation;
 
 /// A broker that this process has started.

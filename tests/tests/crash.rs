@@ -9,14 +9,13 @@ use std::fs;
 use std::process::Child;
 use std::time::Duration;
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde_json::Value;
+use tidemill_operators::journal::Journal;
 use tidemill_tests::Pipeline;
 
 const DOCUMENTS: usize = 1500;
 const KILLS: u64 = 24;
 const DELAY: &str = "TIDEMILL_FAKE_DELAY_US";
-const ANSWERS: TableDefinition<'static, [u8; 32], &[u8]> = TableDefinition::new("answers");
 
 fn definition(sink: &str) -> String {
     format!(
@@ -55,11 +54,8 @@ fn journaled(pipeline: &Pipeline, state: &str) -> BTreeSet<String> {
     // A copy, since opening repairs what the kill left and the next run shall do that itself.
     let copy = pipeline.path("journal-copy.redb");
     fs::copy(&path, &copy).unwrap();
-    let Ok(database) = Database::create(&copy) else { return BTreeSet::new() };
-    let transaction = database.begin_read().unwrap();
-    let Ok(table) = transaction.open_table(ANSWERS) else { return BTreeSet::new() };
-    let hex = |key: [u8; 32]| key.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    table.iter().unwrap().map(|entry| hex(entry.unwrap().0.value())).collect()
+    let Ok(journal) = Journal::open(&copy) else { return BTreeSet::new() };
+    journal.keys().iter().map(ToString::to_string).collect()
 }
 
 struct Rows {

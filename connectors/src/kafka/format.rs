@@ -1,10 +1,12 @@
-//! From the bytes of a record's value to text: JSON as it is, once it is known to be JSON, or any UTF-8.
+//! From the bytes of a record's value to text: JSON as it is, once it is known to be JSON, any UTF-8, or JSON made of
+//! Avro and Protobuf.
 //!
 //! A verdict is always about one record: what cannot be decoded is rejected with the reason, and the next record is
 //! looked at on its own.
 
 use std::borrow::Cow;
 
+use super::schema::{Encoding, RegistrySpec, Schemas};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use std::collections::BTreeMap;
@@ -16,6 +18,8 @@ pub enum Format {
     Json,
     /// Any text.
     Text,
+    /// By schemas of a registry, as JSON.
+    Registered(RegistrySpec, Encoding),
 }
 
 /// Why there is no text.
@@ -30,7 +34,14 @@ pub enum DecodeError {
 /// Decodes values of one format.
 #[derive(Debug)]
 pub struct Decoder {
-    format: Format,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Json,
+    Text,
+    Registered(Box<Schemas>),
 }
 
 /// Any JSON object, its values looked at for form only.
@@ -43,27 +54,34 @@ struct AnyObject<'a> {
 
 impl Decoder {
     pub fn new(format: &Format) -> Self {
-        Self { format: format.clone() }
+        let kind = match format {
+            Format::Json => Kind::Json,
+            Format::Text => Kind::Text,
+            Format::Registered(registry, encoding) => {
+                Kind::Registered(Box::new(Schemas::new(registry, *encoding)))
+            }
+        };
+        Self { kind }
     }
 
     /// Whether the text is JSON.
     pub fn is_json(&self) -> bool {
-        self.format != Format::Text
+        !matches!(self.kind, Kind::Text)
     }
 
     /// The value as text.
     pub fn decode<'a>(&mut self, payload: &'a [u8]) -> Result<Cow<'a, str>, DecodeError> {
+        if let Kind::Registered(schemas) = &mut self.kind {
+            return schemas.decode(payload).map(Cow::Owned);
+        }
         let refuse = |reason: String| DecodeError::Record(reason);
         let text = std::str::from_utf8(payload)
             .map_err(|error| refuse(format!("not UTF-8 at byte {}", error.valid_up_to())))?;
-        match self.format {
-            Format::Text => Ok(Cow::Borrowed(text)),
-            Format::Json => {
-                let checked: Result<AnyObject<'_>, _> = serde_json::from_str(text);
-                checked.map_err(|error| refuse(format!("not a JSON object: {error}")))?;
-                Ok(Cow::Borrowed(text))
-            }
+        if self.is_json() {
+            let checked: Result<AnyObject<'_>, _> = serde_json::from_str(text);
+            checked.map_err(|error| refuse(format!("not a JSON object: {error}")))?;
         }
+        Ok(Cow::Borrowed(text))
     }
 }
 

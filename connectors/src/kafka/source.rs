@@ -33,6 +33,8 @@ const MAX_WAIT: Duration = Duration::from_millis(50);
 const PAUSE_AFTER: Duration = Duration::from_secs(1);
 /// A member that gets no partition waits so long before it counts as being at the end.
 const MAX_IDLE: Duration = Duration::from_secs(10);
+/// Between two questions to a schema registry that does not answer.
+const REGISTRY_WAIT: Duration = Duration::from_millis(500);
 /// The most records that are taken from the client at a time, in all partitions.
 const MAX_RECORDS: usize = 4096;
 
@@ -73,8 +75,10 @@ pub struct KafkaSource {
     version: u64,
     /// Where to stop in each partition, and whether it was reached.
     ends: BTreeMap<Partition, End>,
-    /// Records that came while partitions were being paused, or that wait for the schema registry.
-    ahead: VecDeque<OwnedMessage>,
+    /// Records that came while partitions were being paused, or that wait for the schema registry, with their leases.
+    ahead: VecDeque<(OwnedMessage, Option<Arc<AtomicBool>>)>,
+    /// The first of them cannot be decoded before it answers.
+    awaits_registry: bool,
     ready: VecDeque<SourceBatch>,
 }
 
@@ -116,6 +120,7 @@ impl KafkaSource {
             version: 0,
             ends: BTreeMap::new(),
             ahead: VecDeque::new(),
+            awaits_registry: false,
             ready: VecDeque::new(),
         })
     }
@@ -243,16 +248,25 @@ impl KafkaSource {
 
     /// Takes what the client has and makes batches of it.
     fn fill(&mut self) -> Result<(), SourceError> {
+        self.awaits_registry = false;
         let mut chunks: BTreeMap<Partition, Chunk> = BTreeMap::new();
         let mut wait = MAX_WAIT;
         let mut num_bytes = 0;
         let group = Arc::clone(&self.group);
         for _ in 0..MAX_RECORDS {
-            let is_full = if let Some(message) = self.ahead.pop_front() {
+            let is_full = if let Some((message, lease)) = self.ahead.pop_front() {
+                // A partition that went and came back is read again from where it was committed.
+                if self
+                    .lease_of(&message)
+                    .is_none_or(|now| !lease.as_ref().is_some_and(|old| Arc::ptr_eq(old, &now)))
+                {
+                    continue;
+                }
                 match self.take(&message, &mut chunks, &mut num_bytes)? {
                     Some(is_full) => is_full,
                     None => {
-                        self.ahead.push_front(message);
+                        self.awaits_registry = true;
+                        self.ahead.push_front((message, lease));
                         break;
                     }
                 }
@@ -262,7 +276,8 @@ impl KafkaSource {
                     Some(Ok(message)) => match self.take(&message, &mut chunks, &mut num_bytes)? {
                         Some(is_full) => is_full,
                         None => {
-                            self.ahead.push_back(message.detach());
+                            self.awaits_registry = true;
+                            self.keep(message.detach());
                             break;
                         }
                     },
@@ -289,6 +304,17 @@ impl KafkaSource {
             }
         }
         Ok(())
+    }
+
+    fn lease_of(&self, message: &impl Message) -> Option<Arc<AtomicBool>> {
+        let partition = Partition::new(message.topic(), message.partition());
+        self.group.assignment().get(&partition).map(|assigned| Arc::clone(&assigned.revoked))
+    }
+
+    /// Keeps a record for later.
+    fn keep(&mut self, message: OwnedMessage) {
+        let lease = self.lease_of(&message);
+        self.ahead.push_back((message, lease));
     }
 
     /// Adds a record to the rows of its partition; says whether a batch is full, or `None` if the record cannot be
@@ -418,7 +444,11 @@ impl Source for KafkaSource {
         if !self.has_begun {
             self.begin()?;
         }
-        if self.is_paused {
+        if self.awaits_registry {
+            // The group is still polled, so it keeps us.
+            self.hold_back(PAUSE_AFTER)?;
+            std::thread::sleep(REGISTRY_WAIT);
+        } else if self.is_paused {
             self.set_paused(false)?;
         }
         if self.ready.is_empty() {
@@ -434,6 +464,9 @@ impl Source for KafkaSource {
                 }
                 return Ok(Read::Batch(batch));
             }
+        }
+        if self.awaits_registry {
+            return Ok(Read::Idle);
         }
         // Before the group has answered, there is nothing to be at the end of.
         if self.group.assignment().version() > 0 {
@@ -453,7 +486,10 @@ impl Source for KafkaSource {
         for _ in 0..MAX_RECORDS {
             match group.poll(Duration::ZERO) {
                 None => break,
-                Some(Ok(message)) => self.ahead.push_back(message.detach()),
+                Some(Ok(message)) => {
+                    let message = message.detach();
+                    self.keep(message);
+                }
                 Some(Err(Client::PartitionEOF(_))) => {}
                 Some(Err(error)) => self.bear(&error)?,
             }

@@ -9,6 +9,7 @@ use tidemill_connectors::kafka::config::Cluster;
 use tidemill_connectors::kafka::format::{Decoder, Format};
 use tidemill_connectors::kafka::group::Start;
 use tidemill_connectors::kafka::output::KafkaOutput;
+use tidemill_connectors::kafka::schema::{Encoding, RegistrySpec};
 use tidemill_connectors::kafka::source::{KafkaSource, KafkaSourceSpec, Topics};
 use tidemill_connectors::kafka::stats::KafkaStats;
 use tidemill_connectors::source::BatchLimits;
@@ -138,11 +139,36 @@ fn start(definition: &Definition, spec: Option<&Spanned<StartSpec>>) -> Result<S
 }
 
 fn decoder(definition: &Definition, spec: &kafka::KafkaSourceSpec) -> Result<Decoder> {
-    let _ = definition;
-    Ok(Decoder::new(&match spec.format {
-        FormatName::Text => Format::Text,
-        _ => Format::Json,
-    }))
+    let (format, encoding) = match &spec.format {
+        Some(format) if format.value == FormatName::Avro => (format, Encoding::Avro),
+        Some(format) if format.value == FormatName::Protobuf => (format, Encoding::Protobuf),
+        format => {
+            if let Some(registry) = &spec.registry {
+                let help = "leave it out: only avro and protobuf have their schemas there".to_owned();
+                let message = "the format needs no schema registry";
+                return Err(definition.error(&registry.url, "source.kafka.registry", message, Some(help)));
+            }
+            let is_text = format.as_ref().is_some_and(|format| format.value == FormatName::Text);
+            return Ok(Decoder::new(&if is_text { Format::Text } else { Format::Json }));
+        }
+    };
+    let Some(registry) = &spec.registry else {
+        let help = "add registry: { url: 'http://127.0.0.1:8081' }".to_owned();
+        let message = "the format needs a schema registry";
+        return Err(definition.error(format, "source.kafka.format", message, Some(help)));
+    };
+    let url = &registry.url;
+    if !["http://", "https://"].iter().any(|scheme| url.value.starts_with(scheme)) {
+        let help = "such as http://127.0.0.1:8081".to_owned();
+        let message = format!("{:?} is no address of a schema registry", url.value);
+        return Err(definition.error(url, "source.kafka.registry.url", message, Some(help)));
+    }
+    let registry = RegistrySpec {
+        url: url.value.clone(),
+        username: registry.username.clone(),
+        password: registry.password.clone(),
+    };
+    Ok(Decoder::new(&Format::Registered(registry, encoding)))
 }
 
 /// The sink's topics; `errors` is where refused records go.

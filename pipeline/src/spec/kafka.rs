@@ -19,11 +19,9 @@ pub struct KafkaSourceSpec {
     pub pattern: Option<Spanned<String>>,
     /// The consumer group; the pipeline's name if left out.
     pub group: Option<Spanned<String>>,
-    #[serde(default)]
-    pub format: FormatName,
+    /// JSON if left out.
+    pub format: Option<Spanned<FormatName>>,
     pub registry: Option<RegistryUrl>,
-    /// Columns to make of the records' fields, with their types.
-    pub columns: Option<Spanned<BTreeMap<String, Spanned<String>>>>,
     pub start: Option<Spanned<StartSpec>>,
     /// Options of librdkafka.
     #[serde(default)]
@@ -31,10 +29,9 @@ pub struct KafkaSourceSpec {
 }
 
 /// What a record's value holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FormatName {
-    #[default]
     Json,
     Text,
     Avro,
