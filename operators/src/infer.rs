@@ -6,6 +6,7 @@
 //! without an answer: it leaves nothing but its place.
 
 pub mod engine;
+pub mod figures;
 pub mod forecast;
 pub mod load;
 pub mod page_pool;
@@ -184,6 +185,8 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                 arrived.sort_unstable_by_key(|(_, prompt)| prompt.place);
                 for (epoch, prompt) in arrived.drain(..) {
                     let lease = prompt.document.lease().clone();
+                    let tracing = context.tracing.as_ref();
+                    let trace_parent = tracing.and_then(|tracing| (tracing.trace_parent)(&prompt.document));
                     let (engine, tokens) = (prompt.engine, prompt.cost());
                     let (tenant, document) = (prompt.tenant, prompt.document);
                     let tag = open.insert(OpenDocument { epoch, engine, tenant, tokens, document });
@@ -196,6 +199,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                         step: Arc::clone(&step),
                         shared: prompt.shared,
                         lease,
+                        trace_parent,
                         context: Arc::clone(&context),
                         reply: Arc::clone(&mailbox),
                     });

@@ -5,6 +5,7 @@
 
 pub mod metrics;
 pub mod server;
+pub mod traces;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -13,7 +14,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 use tidemill_connectors::kafka::stats::KafkaStats;
 use tidemill_operators::counters::Counters;
+use tidemill_operators::infer::figures::{EngineFigures, Histogram};
+use tidemill_operators::infer::load::EngineLoad;
 
+use self::traces::Tracer;
+use crate::plan::Plan;
 use crate::render::Shared;
 
 /// All pipelines of a process.
@@ -41,9 +46,20 @@ pub struct PipelineSnapshot {
     pub documents_in_flight: u64,
     pub tokens_in_flight: u64,
     pub credit_documents: u64,
+    pub credit_bytes: u64,
+    /// 0: as many as the KV cache of the engines makes sensible.
+    pub credit_tokens: u64,
     pub engines: Vec<EngineSnapshot>,
     pub tenants: BTreeMap<String, TenantSnapshot>,
     pub kafka: Option<KafkaView>,
+    pub traces: Option<TracesSnapshot>,
+}
+
+/// Spans handed on, and those dropped since the queue was full or the collector refused them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TracesSnapshot {
+    pub exported: u64,
+    pub dropped: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -55,6 +71,13 @@ pub struct EngineSnapshot {
     pub kv_pages_cached: u64,
     pub steps: u64,
     pub preemptions: u64,
+    /// Answers that the model ended, and that reached `max_tokens`.
+    pub stopped: u64,
+    pub length_limited: u64,
+    pub time_to_first_token: Histogram,
+    pub e2e_latency: Histogram,
+    pub step_seconds: Histogram,
+    pub step_tokens: Histogram,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -96,6 +119,7 @@ struct Observed {
     model: String,
     shared: Shared,
     kafka: Option<KafkaStats>,
+    tracer: Option<Arc<Tracer>>,
 }
 
 /// The pipelines of a process, for whoever looks.
@@ -112,9 +136,9 @@ impl std::fmt::Debug for Registry {
 
 impl Registry {
     /// From now on, a pipeline is seen; it stays when it has ended.
-    pub fn add(&self, name: &str, model: &str, shared: &Shared, kafka: Option<KafkaStats>) {
-        let (name, model) = (name.to_owned(), model.to_owned());
-        let observed = Observed { name, model, shared: shared.clone(), kafka };
+    pub fn add(&self, plan: &Plan, shared: &Shared, kafka: Option<KafkaStats>, tracer: Option<Arc<Tracer>>) {
+        let (name, model) = (plan.name.clone(), plan.model_name.clone());
+        let observed = Observed { name, model, shared: shared.clone(), kafka, tracer };
         self.pipelines.lock().unwrap_or_else(PoisonError::into_inner).push(observed);
     }
 
@@ -127,14 +151,23 @@ impl Registry {
 impl Observed {
     fn snapshot(&self) -> PipelineSnapshot {
         let Shared { counters, .. } = &self.shared;
-        let engine = |load: &Arc<tidemill_operators::infer::load::EngineLoad>| EngineSnapshot {
-            running: load.running.load(Ordering::Relaxed),
-            waiting: load.waiting.load(Ordering::Relaxed),
-            kv_pages_total: load.kv_pages_total.load(Ordering::Relaxed),
-            kv_pages_in_use: load.kv_pages_in_use.load(Ordering::Relaxed),
-            kv_pages_cached: load.kv_pages_cached.load(Ordering::Relaxed),
-            steps: load.steps.load(Ordering::Relaxed),
-            preemptions: load.preemptions.load(Ordering::Relaxed),
+        let engine = |(load, figures): (&Arc<EngineLoad>, &Arc<EngineFigures>)| {
+            let reading = figures.reading();
+            EngineSnapshot {
+                running: load.running.load(Ordering::Relaxed),
+                waiting: load.waiting.load(Ordering::Relaxed),
+                kv_pages_total: load.kv_pages_total.load(Ordering::Relaxed),
+                kv_pages_in_use: load.kv_pages_in_use.load(Ordering::Relaxed),
+                kv_pages_cached: load.kv_pages_cached.load(Ordering::Relaxed),
+                steps: load.steps.load(Ordering::Relaxed),
+                preemptions: load.preemptions.load(Ordering::Relaxed),
+                stopped: reading.num_stop,
+                length_limited: reading.num_length,
+                time_to_first_token: reading.time_to_first_token,
+                e2e_latency: reading.e2e_latency,
+                step_seconds: reading.step_seconds,
+                step_tokens: reading.step_tokens,
+            }
         };
         let tenants = self.shared.work.tenants.counts().into_iter().map(|(name, counts)| {
             let tenant = TenantSnapshot {
@@ -164,9 +197,12 @@ impl Observed {
             documents_in_flight: Counters::get(&counters.documents_in_flight),
             tokens_in_flight: self.shared.work.tokens.total(),
             credit_documents: self.shared.credit.documents,
-            engines: self.shared.loads.iter().map(engine).collect(),
+            credit_bytes: self.shared.credit.bytes,
+            credit_tokens: self.shared.credit.tokens.unwrap_or(0),
+            engines: self.shared.loads.iter().zip(&self.shared.figures).map(engine).collect(),
             tenants: tenants.collect(),
             kafka: self.kafka.as_ref().map(view),
+            traces: self.tracer.as_ref().map(|tracer| tracer.snapshot()),
         }
     }
 }

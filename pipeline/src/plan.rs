@@ -8,6 +8,7 @@ pub mod device;
 pub mod kafka;
 pub mod steps;
 mod tenants;
+mod traces;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -70,6 +71,8 @@ pub struct Plan {
     pub credit: CreditPlan,
     /// Before which other pipelines its prompts go, where they share engines.
     pub priority: Priority,
+    /// URL of an OpenTelemetry collector.
+    pub traces: Option<String>,
     /// `None` if the definition has no tenants; the template that names them is with each step.
     pub tenants: Option<TenantPolicy>,
     /// What decides the output: two definitions with equal values may continue each other's work.
@@ -226,6 +229,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
         engine,
         credit,
         priority: spec.priority,
+        traces: traces::traces(definition)?,
         tenants,
         fingerprint,
     };

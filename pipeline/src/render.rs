@@ -24,6 +24,7 @@ use tidemill_operators::counters::Counters;
 use tidemill_operators::document::{Document, RecordError};
 use tidemill_operators::group::window::WindowLimits;
 use tidemill_operators::group::{Demand, Group};
+use tidemill_operators::infer::figures::EngineFigures;
 use tidemill_operators::infer::load::EngineLoad;
 use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
 use tidemill_operators::infer::{Failure, Infer, Stop};
@@ -55,6 +56,7 @@ pub struct Shared {
     pub credit: CreditPlan,
     /// Of the engines.
     pub loads: Vec<Arc<EngineLoad>>,
+    pub figures: Vec<Arc<EngineFigures>>,
 }
 
 impl Shared {

@@ -18,6 +18,7 @@ use tidemill_connectors::output::{OutputError, Resume};
 use tidemill_connectors::source::{Source, SourceError};
 use tidemill_operators::counters::Counters;
 use tidemill_operators::group::Demand;
+use tidemill_operators::infer::figures::Tracing;
 use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
 use tidemill_operators::infer::{Failure, Stop};
 use tidemill_operators::journal::{Journal, JournalError};
@@ -28,8 +29,10 @@ use crate::clock::Clock;
 use crate::models::load::LoadError;
 use crate::observe::Registry;
 use crate::observe::server::Server;
+use crate::observe::traces::{Tracer, TracesError};
 use crate::plan::{Checked, Plan};
 use crate::progress::Progress;
+use crate::render::sink::records::trace_parent;
 use crate::render::sink::{self, SinkLimits, SinkReport, SinkThread, Target};
 use crate::render::source::SourceThread;
 use crate::render::{EpochLog, Shared, render};
@@ -106,6 +109,8 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    #[error(transparent)]
+    Traces(#[from] TracesError),
     #[error("the run failed: {0}")]
     Failed(String),
     #[error("a worker failed: {0}")]
@@ -120,6 +125,7 @@ impl RunError {
             Self::Load(error) => error.help(),
             Self::Source(error) => error.help(),
             Self::Kafka(error) => error.help(),
+            Self::Traces(error) => error.help(),
             Self::Failed(_) => Some("what was finished is kept: mend the cause and run again".to_owned()),
             Self::Listen { .. } => {
                 Some("another process uses it: give another address with --listen".to_owned())
@@ -157,7 +163,7 @@ pub fn run_together(
     let pipelines: Vec<Opened> =
         all.into_iter().map(|checked| open(checked, options)).collect::<Result<_, _>>()?;
     let plans: Vec<&Plan> = pipelines.iter().filter_map(|opened| Some(&opened.as_ref().ok()?.plan)).collect();
-    let (running, lent) = engines::start(&plans)?;
+    let (running, lent) = engines::start(&plans, clock)?;
     let mut lent = lent.into_iter();
     let outcomes = std::thread::scope(|scope| {
         let threads: Vec<_> = pipelines
@@ -243,8 +249,11 @@ impl Pipeline {
         let Self { plan, ends, before, journal } = self;
         let ends::OpenEnds { source, target, slot: _slot, kafka, .. } = ends;
         let (journal_path, journal) = journal.unzip();
-        let shared = share(&plan, journal, &lent, options, clock);
-        registry.add(&plan.name, &plan.model_name, &shared, kafka);
+        let start_tracer = |endpoint: &String| Tracer::start(endpoint, &plan.name, clock);
+        let tracer = plan.traces.as_ref().map(start_tracer).transpose()?;
+        let tracing = tracer.as_ref().map(|tracer| tracer.tracing(&plan.model_name, trace_parent));
+        let shared = share(&plan, journal, &lent, tracing, options, clock);
+        registry.add(&plan, &shared, kafka, tracer.clone());
         let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
         let removes_journal = matches!(target, Target::Files { may_finish: true, .. });
         let limits = SinkLimits {
@@ -258,6 +267,9 @@ impl Pipeline {
         let progress = options.progress.then(start_progress).transpose()?;
         execute(&plan, &shared, Ends { lent, source, sink }, options.num_workers)?;
         drop(progress);
+        if let Some(tracer) = tracer {
+            tracer.finish();
+        }
         // A panic there was reported as a failure already.
         let report = sink_thread.join().unwrap_or_default();
         if let Some(path) = journal_path.filter(|_| report.finished && removes_journal) {
@@ -268,7 +280,14 @@ impl Pipeline {
     }
 }
 
-fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOptions, clock: Clock) -> Shared {
+fn share(
+    plan: &Plan,
+    journal: Option<Journal>,
+    lent: &Lent,
+    tracing: Option<Tracing>,
+    options: &RunOptions,
+    clock: Clock,
+) -> Shared {
     let max_num_seqs = plan.engine.max_num_seqs as usize;
     // What an engine has in its queue stands before every tenant that comes later.
     let target = match &plan.tenants {
@@ -293,6 +312,7 @@ fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOption
             tokens: Arc::default(),
             failure,
             stop,
+            tracing,
         }),
         epochs: Arc::new(EpochLog::default()),
         demands: plan
@@ -302,6 +322,7 @@ fn share(plan: &Plan, journal: Option<Journal>, lent: &Lent, options: &RunOption
             .collect(),
         credit: plan.credit,
         loads: lent.handles.iter().map(|engine| Arc::clone(engine.load())).collect(),
+        figures: lent.handles.iter().map(|engine| Arc::clone(engine.figures())).collect(),
     }
 }
 

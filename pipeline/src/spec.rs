@@ -36,6 +36,8 @@ pub struct Spec {
     #[serde(default)]
     pub priority: Priority,
     pub tenants: Option<TenantsSpec>,
+    /// Where spans of answers go; nowhere if left out.
+    pub traces: Option<TracesSpec>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -165,6 +167,13 @@ pub struct TenantsSpec {
     pub weights: BTreeMap<String, Spanned<u32>>,
     pub default_weight: Option<Spanned<u32>>,
     pub max_tokens_in_flight: Option<Spanned<u64>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TracesSpec {
+    /// URL of an OpenTelemetry collector, which takes OTLP over HTTP.
+    pub endpoint: Spanned<String>,
 }
 
 /// A size in bytes, written as `512MiB` or a plain number.

@@ -119,6 +119,11 @@ impl Engine {
         Ok(())
     }
 
+    /// Sequences whose first token came with the last step.
+    pub fn first_tokens(&self) -> &[SequenceId] {
+        self.scheduler.first_tokens()
+    }
+
     /// Gives up a sequence, waiting or running: it is never reported as finished. False if there is none of this name.
     pub fn abort(&mut self, id: SequenceId) -> bool {
         self.scheduler.abort(id)

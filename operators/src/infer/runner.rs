@@ -19,6 +19,7 @@ use tidemill_kernels::step::{SamplingParams, StepError};
 use timely::scheduling::SyncActivator;
 
 use super::engine::{Engine, EngineStats};
+use super::figures::{ElapsedFn, EngineFigures, Tracing, Watcher};
 use super::load::EngineLoad;
 use super::scheduler;
 use super::sequence::{Finished, OwnerId, Priority, SequenceId, SequenceRequest, SharedPrefix};
@@ -42,6 +43,8 @@ pub struct Work {
     pub shared: Arc<[SharedPrefix]>,
     /// Revoked, the work is given up between two steps and replied to as canceled.
     pub lease: Lease,
+    /// W3C `traceparent` of the document; only traces look at it.
+    pub trace_parent: Option<Arc<str>>,
     pub context: Arc<WorkContext>,
     pub reply: Arc<Mailbox>,
 }
@@ -90,6 +93,7 @@ pub struct EngineHandle {
     work: Sender<Work>,
     failure: Failure,
     load: Arc<EngineLoad>,
+    figures: Arc<EngineFigures>,
 }
 
 impl EngineHandle {
@@ -107,6 +111,11 @@ impl EngineHandle {
     pub fn load(&self) -> &Arc<EngineLoad> {
         &self.load
     }
+
+    /// How long its steps and answers take.
+    pub fn figures(&self) -> &Arc<EngineFigures> {
+        &self.figures
+    }
 }
 
 /// What belongs to a pipeline and goes with its work.
@@ -119,6 +128,8 @@ pub struct WorkContext {
     pub tokens: Arc<TokensInFlight>,
     pub failure: Failure,
     pub stop: Stop,
+    /// Who wants to know of each answer, if anybody does.
+    pub tracing: Option<Tracing>,
 }
 
 impl WorkContext {
@@ -135,11 +146,17 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Starts both threads.
-    pub fn start(engine: Engine, text: Arc<TextModel>) -> std::io::Result<(Self, EngineHandle)> {
+    /// Starts both threads; `elapsed` is the time since the run began.
+    pub fn start(
+        engine: Engine,
+        text: Arc<TextModel>,
+        elapsed: ElapsedFn,
+    ) -> std::io::Result<(Self, EngineHandle)> {
         let failure = Failure::default();
         let load = Arc::new(EngineLoad::default());
         load.update(&engine, 0);
+        let figures = Arc::new(EngineFigures::new(elapsed));
+        let watcher = Watcher::new(Arc::clone(&figures));
         let (work, queue) = channel();
         let (done, answers) = channel();
         let watched = failure.clone();
@@ -152,6 +169,7 @@ impl Runner {
             let _watch = watched.watch("engine");
             let mut driver = Driver {
                 engine,
+                watcher,
                 text,
                 failure: watched.clone(),
                 owners: Vec::new(),
@@ -166,7 +184,7 @@ impl Runner {
             }
             driver.engine.stats()
         })?;
-        Ok((Self { engine, journal }, EngineHandle { work, failure, load }))
+        Ok((Self { engine, journal }, EngineHandle { work, failure, load, figures }))
     }
 
     /// Waits for both threads; all handles must be dropped before.
@@ -196,6 +214,7 @@ struct Owner {
 
 struct Driver {
     engine: Engine,
+    watcher: Watcher,
     text: Arc<TextModel>,
     failure: Failure,
     /// Indexed by owner; they stay as long as the engine, and there are as many as pipelines.
@@ -232,7 +251,9 @@ impl Driver {
                 return Ok(());
             }
             self.cancel();
+            self.watcher.begins_step();
             let finished = self.engine.step()?;
+            self.watcher.stepped(&self.engine, &finished);
             self.count();
             for finished in finished {
                 self.finish(finished);
@@ -247,6 +268,7 @@ impl Driver {
         for (id, work) in self.open.extract_if(.., |_, work| is_canceled(work)) {
             let is_known = self.engine.abort(id);
             assert!(is_known, "an open work is not in the engine");
+            self.watcher.canceled(id);
             self.open_tokens -= work.max_len();
             // Without a reply an epoch never closes: what a pipeline that is over leaves undone must not look done.
             if work.lease.is_revoked() {
@@ -304,6 +326,7 @@ impl Driver {
         match submitted {
             Ok(()) => {
                 self.open_tokens += work.max_len();
+                self.watcher.submitted(id);
                 self.open.insert(id, work);
             }
             Err(error) => work.context.failure.fail(&WorkError::from(error)),
@@ -312,6 +335,7 @@ impl Driver {
 
     fn finish(&mut self, finished: Finished) {
         let work = self.open.remove(&finished.id).expect("the engine answers what it was asked");
+        self.watcher.finished(&finished, &work);
         self.open_tokens -= work.max_len();
         let text = match self.text.tokenizer.decode(&finished.token_ids) {
             Ok(text) => text,

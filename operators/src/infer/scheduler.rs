@@ -77,6 +77,8 @@ pub struct Scheduler {
     answer_lengths: BTreeMap<(OwnerId, Arc<str>), AnswerLengths>,
     num_submitted: u64,
     counters: Counters,
+    /// Of the last commit.
+    first_tokens: Vec<SequenceId>,
     /// What of `counters` is each owner's; indexed by owner.
     owned: Vec<Counters>,
 }
@@ -99,6 +101,7 @@ impl Scheduler {
             answer_lengths: BTreeMap::new(),
             num_submitted: 0,
             counters: Counters::default(),
+            first_tokens: Vec::new(),
             owned: Vec::new(),
         }
     }
@@ -174,6 +177,7 @@ impl Scheduler {
     /// Takes in the output of the planned step; returns the sequences it has finished.
     pub fn commit(&mut self, output: &StepOutput, eos_token_ids: &[u32]) -> Vec<Finished> {
         self.is_planned = false;
+        self.first_tokens.clear();
         let mut finished = Vec::new();
         let mut sampled = output.token_ids.iter();
         let mut chunk_lens = std::mem::take(&mut self.plan.chunk_lens);
@@ -194,6 +198,9 @@ impl Scheduler {
             if chunk_len == 0 || sequence.computed_len < sequence.known_len() {
                 self.running.push(sequence);
                 continue;
+            }
+            if sequence.answer_len() == 0 {
+                self.first_tokens.push(sequence.id);
             }
             let answer_len = sequence.known_len();
             let reason = sequence.push_sampled(token_id.expect("a token was sampled"), eos_token_ids);
@@ -227,6 +234,11 @@ impl Scheduler {
     /// What of the counters is this owner's; `peak_running` is nobody's.
     pub fn counters_of(&self, owner: OwnerId) -> Counters {
         self.owned.get(owner.0 as usize).copied().unwrap_or_default()
+    }
+
+    /// Sequences whose first token came with the last commit.
+    pub fn first_tokens(&self) -> &[SequenceId] {
+        &self.first_tokens
     }
 
     pub fn num_waiting(&self) -> usize {

@@ -8,6 +8,8 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
+use tidemill_operators::infer::figures::Histogram;
+
 use super::{EngineSnapshot, KafkaView, PartitionView, PipelineSnapshot, Snapshot, TenantSnapshot};
 
 /// Encodes a snapshot.
@@ -47,9 +49,31 @@ impl Collector for SnapshotCollector {
                 }
             }
         }
+        for (name, help, histogram) in HISTOGRAMS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for (labels, engine) in labeled_engines(&self.0) {
+                let histogram = histogram(engine);
+                let bounds = histogram.bounds.iter().copied().chain([f64::INFINITY]);
+                let buckets: Vec<(f64, u64)> = bounds.zip(histogram.counts.iter().copied()).collect();
+                let mut encoder = family.encode_family(&labels)?;
+                encoder.encode_histogram::<Labels>(histogram.sum, histogram.count(), &buckets, None)?;
+            }
+        }
         Ok(())
     }
 }
+
+type OfEngine = fn(&EngineSnapshot) -> &Histogram;
+const HISTOGRAMS: [(&str, &str, OfEngine); 4] = [
+    ("vllm:time_to_first_token_seconds", "From the engine's taking a prompt to its first token", |engine| {
+        &engine.time_to_first_token
+    }),
+    ("vllm:e2e_request_latency_seconds", "From the engine's taking a prompt to the whole answer", |engine| {
+        &engine.e2e_latency
+    }),
+    ("vllm:iteration_tokens", "Tokens of a forward pass", |engine| &engine.step_tokens),
+    ("tidemill_step_seconds", "Time of a forward pass", |engine| &engine.step_seconds),
+];
 
 fn metrics(snapshot: &Snapshot) -> Vec<Metric> {
     let mut all = pipelines(snapshot);
@@ -109,22 +133,55 @@ fn pipelines(snapshot: &Snapshot) -> Vec<Metric> {
         gauge("tidemill_credit_documents", "The most documents that may be in flight", |one| {
             one.credit_documents
         }),
+        gauge("tidemill_credit_bytes", "The most bytes of rows that may be in flight", |one| {
+            one.credit_bytes
+        }),
+        gauge(
+            "tidemill_credit_tokens",
+            "The most tokens that may be in flight; 0: as the KV cache has room",
+            |one| one.credit_tokens,
+        ),
+        counter("tidemill_spans_exported", "Spans that the collector took", |one| {
+            one.traces.map_or(0, |traces| traces.exported)
+        }),
+        counter("tidemill_spans_dropped", "Spans that it did not take, or that came too fast", |one| {
+            one.traces.map_or(0, |traces| traces.dropped)
+        }),
         gauge("tidemill_failed", "1 when the pipeline has failed", |one| u64::from(one.failed.is_some())),
     ]
 }
 
+fn labeled_engines(snapshot: &Snapshot) -> Vec<(Labels, &EngineSnapshot)> {
+    let of_pipeline = |pipeline: &PipelineSnapshot, number: usize| {
+        let mut labels = labels(pipeline);
+        labels.push(("engine", number.to_string()));
+        labels
+    };
+    let engines = snapshot.pipelines.iter().flat_map(|pipeline| {
+        pipeline
+            .engines
+            .iter()
+            .enumerate()
+            .map(move |(number, engine)| (of_pipeline(pipeline, number), engine))
+    });
+    engines.collect()
+}
+
 fn engines(snapshot: &Snapshot) -> Vec<Metric> {
-    let items: Vec<(Labels, &EngineSnapshot)> = snapshot
-        .pipelines
-        .iter()
-        .flat_map(|pipeline| {
-            pipeline.engines.iter().enumerate().map(|(number, engine)| {
-                let mut labels = labels(pipeline);
-                labels.push(("engine", number.to_string()));
-                (labels, engine)
-            })
+    let items = labeled_engines(snapshot);
+    let reasons = items.iter().flat_map(|(labels, engine)| {
+        [("stop", engine.stopped), ("length", engine.length_limited)].map(|(reason, count)| {
+            let mut labels = labels.clone();
+            labels.push(("finished_reason", reason.to_owned()));
+            (labels, count as f64)
         })
-        .collect();
+    });
+    let success = Metric {
+        name: "vllm:request_success",
+        help: "Answered sequences",
+        is_counter: true,
+        samples: reasons.collect(),
+    };
     let gauge = |name, help, value: fn(&EngineSnapshot) -> f64| {
         metric(&items, false, name, help, move |engine| Some(value(engine)))
     };
@@ -132,6 +189,7 @@ fn engines(snapshot: &Snapshot) -> Vec<Metric> {
         metric(&items, true, name, help, move |engine| Some(value(engine)))
     };
     vec![
+        success,
         gauge("vllm:num_requests_running", "Sequences in the batch", |one| one.running as f64),
         gauge("vllm:num_requests_waiting", "Sequences that wait for the engine", |one| one.waiting as f64),
         gauge("vllm:kv_cache_usage_perc", "Share of the KV pages that sequences hold; 1 is all", |one| {
@@ -235,6 +293,8 @@ mod tests {
             end: Some(50),
             lag: Some(20),
         };
+        let mut time_to_first_token = Histogram::new(&[0.5]);
+        [0.2, 0.7].into_iter().for_each(|seconds| time_to_first_token.observe(seconds));
         let pipeline = PipelineSnapshot {
             name: "news".to_owned(),
             model: "fake".to_owned(),
@@ -242,6 +302,8 @@ mod tests {
             engines: vec![EngineSnapshot {
                 kv_pages_total: 4,
                 kv_pages_in_use: 1,
+                stopped: 3,
+                time_to_first_token,
                 ..EngineSnapshot::default()
             }],
             tenants: [("acme".to_owned(), TenantSnapshot::default())].into(),
@@ -257,6 +319,9 @@ mod tests {
         for line in [
             "vllm:prompt_tokens_total{pipeline=\"news\",model_name=\"fake\"} 7",
             "vllm:kv_cache_usage_perc{pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 0.25",
+            "vllm:request_success_total{pipeline=\"news\",model_name=\"fake\",engine=\"0\",finished_reason=\"stop\"} 3",
+            "vllm:time_to_first_token_seconds_bucket{le=\"0.5\",pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 1",
+            "vllm:time_to_first_token_seconds_bucket{le=\"+Inf\",pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 2",
             "tidemill_kafka_lag{pipeline=\"news\",topic=\"articles\",partition=\"3\"} 20",
             "tidemill_tenant_documents_total{pipeline=\"news\",tenant=\"acme\"} 0",
         ] {

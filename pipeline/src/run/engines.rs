@@ -8,6 +8,7 @@ use tidemill_operators::infer::runner::{EngineHandle, Runner};
 use tidemill_operators::tokenize::TextModel;
 
 use super::RunError;
+use crate::clock::Clock;
 use crate::models::load::{Engines, load};
 use crate::plan::Plan;
 
@@ -32,7 +33,7 @@ impl Running {
 }
 
 /// Starts the engines that the plans ask for; in the order of the plans, what each is lent.
-pub(super) fn start(plans: &[&Plan]) -> Result<(Running, Vec<Lent>), RunError> {
+pub(super) fn start(plans: &[&Plan], clock: Clock) -> Result<(Running, Vec<Lent>), RunError> {
     let mut running = Running { runners: Vec::new() };
     let mut groups: Vec<(&Plan, Lent)> = Vec::new();
     let mut lent = Vec::new();
@@ -42,7 +43,8 @@ pub(super) fn start(plans: &[&Plan]) -> Result<(Running, Vec<Lent>), RunError> {
             None => {
                 let loaded =
                     load(&plan.model, &plan.model_name, plan.devices, &|what| eprintln!("{what} …"))?;
-                groups.push((plan, start_all(loaded.engines(&plan.engine, plan.devices)?, &mut running)?));
+                let engines = loaded.engines(&plan.engine, plan.devices)?;
+                groups.push((plan, start_all(engines, clock, &mut running)?));
                 groups.len() - 1
             }
         };
@@ -57,10 +59,11 @@ fn shares_engines(one: &Plan, other: &Plan) -> bool {
 }
 
 /// Starts the threads of all engines, each on its cores.
-fn start_all(engines: Engines, running: &mut Running) -> Result<Lent, RunError> {
+fn start_all(engines: Engines, clock: Clock, running: &mut Running) -> Result<Lent, RunError> {
     let mut handles = Vec::new();
     for (engine, cores) in engines.engines {
-        let start = || Runner::start(engine, Arc::clone(&engines.text));
+        let elapsed = Arc::new(move || clock.elapsed());
+        let start = || Runner::start(engine, Arc::clone(&engines.text), elapsed);
         let (runner, handle) = match cores {
             Some(cores) => cores.pinned(start),
             None => start(),

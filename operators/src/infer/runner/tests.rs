@@ -46,7 +46,8 @@ fn start() -> (Runner, EngineHandle) {
         ..FakeConfig::default()
     });
     let config = EngineConfig { max_num_seqs: 4, max_num_batched_tokens: 32, enable_prefix_cache: true };
-    Runner::start(Engine::new(Box::new(FragileModel(model)), config), Arc::new(text)).unwrap()
+    let engine = Engine::new(Box::new(FragileModel(model)), config);
+    Runner::start(engine, Arc::new(text), Arc::new(|| Duration::ZERO)).unwrap()
 }
 
 fn context(handle: &EngineHandle, everyone: &Arc<AtomicBool>, journal: Option<Journal>) -> Arc<WorkContext> {
@@ -58,6 +59,7 @@ fn context(handle: &EngineHandle, everyone: &Arc<AtomicBool>, journal: Option<Jo
         tenants: Arc::new(Tenants::new(TenantPolicy::default(), || Duration::ZERO)),
         failure: Failure::caused_by([handle.failure().clone()]),
         stop: Stop::new(Arc::clone(everyone)),
+        tracing: None,
     })
 }
 
@@ -75,6 +77,7 @@ fn work(tag: u64, context: &Arc<WorkContext>, reply: &Arc<Mailbox>) -> Work {
         step: "answer".into(),
         shared: Arc::default(),
         lease: Lease::default(),
+        trace_parent: None,
         context: Arc::clone(context),
         reply: Arc::clone(reply),
     }

@@ -167,6 +167,13 @@ fn raw_value(document: &Document) -> Option<Vec<u8>> {
     Some(column.as_binary_opt::<i32>()?.value(document.index()).to_vec())
 }
 
+/// The W3C `traceparent` header of the record that a document was read from.
+pub fn trace_parent(document: &Document) -> Option<Arc<str>> {
+    let headers = Origin::of(document.batch(), document.index())?.headers();
+    let (_, value) = headers.into_iter().find(|(name, _)| name == "traceparent")?;
+    String::from_utf8(value?).ok().map(Into::into)
+}
+
 /// Where a row was read from: a row of the `kafka` column.
 struct Origin<'a> {
     kafka: &'a StructArray,
