@@ -11,7 +11,7 @@ export TIDEMILL := $(CARGO_TARGET_DIR)/release/tidemill
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build models data demo demo-kafka kafka chaos bench peers test
+.PHONY: help setup build models data demo demo-kafka kafka chaos burst bench peers test
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,6 +46,9 @@ demo-kafka: build kafka ## start a broker, summarize articles topic to topic, sh
 kafka: setup ## fetch the broker and the schema registry of the tests and the demo into the cache
 	@sh scripts/kafka.sh fetch
 	@sh scripts/registry.sh fetch
+
+burst: build kafka ## let 100,000 records arrive while the model is slow; writes out/burst.svg
+	@python3 scripts/burst.py $(TIDEMILL)
 
 chaos: kafka ## kill, cut off and fool pipelines and a broker, and print what happened
 	@cargo test --locked --quiet -p tidemill-tests --test kafka_chaos --test kafka_simulation -- --nocapture --test-threads 1

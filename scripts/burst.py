@@ -62,7 +62,7 @@ class Run:
             (self.folder / f"{name}.yaml").write_text(text)
         command = [self.tidemill, "run", "--quiet", "--listen", f"127.0.0.1:{self.port}",
                    str(self.folder / "bulk.yaml"), str(self.folder / "online.yaml")]
-        env = dict(os.environ, TIDEMILL_FAKE_DELAY_US="8")
+        env = dict(os.environ, TIDEMILL_FAKE_DELAY_US="4")
         self.process = subprocess.Popen(command, env=env)
 
     def look(self) -> dict | None:

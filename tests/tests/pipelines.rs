@@ -8,6 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use tidemill_connectors::kafka::tools::Record;
+use tidemill_tests::kafka::Broker;
 use tidemill_tests::{Pipeline, binary, read_parts, workspace};
 
 const OUTPUTS: [&str; 2] = ["result.jsonl", "errors.jsonl"];
@@ -69,6 +71,9 @@ fn golden_pipelines_give_what_they_gave() {
 fn every_example_checks_and_runs() {
     for case in folders("examples") {
         let mut pipeline = copy(&case);
+        if case.ends_with("kafka-summaries") {
+            pipeline.env.push(("KAFKA_BROKERS", broker_with_articles().address().to_owned()));
+        }
         let data = case.join("data");
         if data.is_dir() {
             let link = pipeline.path("data");
@@ -80,10 +85,29 @@ fn every_example_checks_and_runs() {
         fs::write(pipeline.path("pipeline.yaml"), definition.replace("smollm2-135m-instruct", "fake"))
             .unwrap();
         pipeline.env.push(("TIDEMILL_LOG", "info".to_owned()));
+        if case.ends_with("kafka-summaries") {
+            pipeline.run(&["run", "--until-end"]).expect_code(0);
+            let keys: Vec<_> =
+                Broker::shared().read("summaries").into_iter().map(|record| record.key.unwrap()).collect();
+            assert_eq!(keys, [b"0", b"1", b"2"]);
+            continue;
+        }
         pipeline.run(&["run"]).expect_code(0);
         let again = pipeline.run(&["run"]).expect_code(0);
         assert!(again.stderr().contains("nothing to do"), "{}", again.stderr());
     }
+}
+
+fn broker_with_articles() -> &'static Broker {
+    let broker = Broker::shared();
+    for topic in ["articles", "summaries", "summaries-errors"] {
+        broker.create_topic(topic, 1);
+    }
+    let article = |id| {
+        Record::new("key", format!("{{\"id\": {id}, \"title\": \"News\", \"body\": \"Much of {id}.\"}}"))
+    };
+    broker.produce("articles", (0..3).map(article));
+    broker
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use super::assignment::Partition;
 use super::record::OutRecord;
 use super::stats::KafkaStats;
 use crate::source::InputNames;
@@ -194,6 +195,13 @@ impl<B: Broker> Committer<B> {
         let mut stats = self.stats.lock();
         stats.transactions_committed += 1;
         stats.records_written += num_records;
+        // The client does not hear of offsets that a transaction commits.
+        for (&input, &offset) in &offsets {
+            let partition = Partition::parse(&self.names.get(input));
+            if let Some(known) = partition.and_then(|partition| stats.partitions.get_mut(&partition)) {
+                known.committed = Some(offset as i64);
+            }
+        }
         Ok(committed)
     }
 

@@ -304,7 +304,7 @@ impl ClientContext for GroupContext {
                 let given = |offset: i64| (offset >= 0).then_some(offset);
                 known.fetched = given(found.next_offset).filter(|_| found.fetchq_cnt == 0);
                 known.num_reports += 1;
-                known.committed = given(found.committed_offset).or(known.committed);
+                known.committed = known.committed.or(given(found.committed_offset));
                 known.end = given(found.ls_offset).or(given(found.hi_offset)).or(known.end);
             }
         }

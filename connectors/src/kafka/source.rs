@@ -249,6 +249,10 @@ impl KafkaSource {
     /// Takes what the client has and makes batches of it.
     fn fill(&mut self) -> Result<(), SourceError> {
         self.awaits_registry = false;
+        // However long what is here already lasts, the group wants to hear of us.
+        if !self.ahead.is_empty() {
+            self.poll_ahead()?;
+        }
         let mut chunks: BTreeMap<Partition, Chunk> = BTreeMap::new();
         let mut wait = MAX_WAIT;
         let mut num_bytes = 0;
@@ -309,6 +313,22 @@ impl KafkaSource {
     fn lease_of(&self, message: &impl Message) -> Option<Arc<AtomicBool>> {
         let partition = Partition::new(message.topic(), message.partition());
         self.group.assignment().get(&partition).map(|assigned| Arc::clone(&assigned.revoked))
+    }
+
+    /// Takes one event from the client, and keeps it if it is a record. False if there is none.
+    fn poll_ahead(&mut self) -> Result<bool, SourceError> {
+        let group = Arc::clone(&self.group);
+        match group.poll(Duration::ZERO) {
+            None => return Ok(false),
+            Some(Ok(message)) => {
+                let message = message.detach();
+                self.keep(message);
+            }
+            // It may be from before the pause; the statistics tell of it later.
+            Some(Err(Client::PartitionEOF(_))) => {}
+            Some(Err(error)) => self.bear(&error)?,
+        }
+        Ok(true)
     }
 
     /// Keeps a record for later.
@@ -482,16 +502,9 @@ impl Source for KafkaSource {
         if !self.is_paused {
             self.set_paused(true)?;
         }
-        let group = Arc::clone(&self.group);
         for _ in 0..MAX_RECORDS {
-            match group.poll(Duration::ZERO) {
-                None => break,
-                Some(Ok(message)) => {
-                    let message = message.detach();
-                    self.keep(message);
-                }
-                Some(Err(Client::PartitionEOF(_))) => {}
-                Some(Err(error)) => self.bear(&error)?,
+            if !self.poll_ahead()? {
+                break;
             }
         }
         self.follow_assignment()
