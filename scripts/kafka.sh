@@ -15,9 +15,8 @@ VERSION=4.1.0
 IMAGE=apache/kafka:$VERSION
 CACHE=${TIDEMILL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tidemill}/kafka/$VERSION
 
-say() { printf 'kafka: %s\n' "$*" >&2; }
-fail() { printf 'kafka: %s\n' "$*" >&2; exit 1; }
-has() { command -v "$1" >/dev/null 2>&1; }
+NAME=kafka
+. "$(dirname "$0")/common.sh"
 
 usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
@@ -37,8 +36,7 @@ done
 
 fetch() {
     [ -d "$CACHE" ] && return
-    has java || fail "Java is missing: install it with: apt-get install openjdk-17-jre-headless"
-    has mvn || fail "Maven is missing: install it with: apt-get install maven"
+    need_java
     say "fetching Apache Kafka $VERSION with Maven (120 MB, once)"
     new=$CACHE.$$
     mkdir -p "$new"
@@ -57,23 +55,12 @@ POM
     mv "$new" "$CACHE" 2>/dev/null || rm -rf "$new"
 }
 
-# So many ports that nobody uses now.
-free_ports() {
-    python3 -c '
-import socket, sys
-sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
-for one in sockets: one.bind(("127.0.0.1", 0))
-print(*(one.getsockname()[1] for one in sockets))' "$1"
-}
-
 listening() {
     python3 -c '
 import socket, sys
 socket.create_connection(("127.0.0.1", int(sys.argv[1])), 0.2)' "$1" 2>/dev/null
 }
 
-# A process that nobody has waited for yet is not alive.
-runs() { kill -0 "$1" 2>/dev/null && ! grep -qs '^State:.*Z' "/proc/$1/status"; }
 alive() { [ -f "$dir/pid" ] && runs "$(cat "$dir/pid")"; }
 
 # The configuration, once for a folder, so that a broker that comes back has its ports.
@@ -174,14 +161,6 @@ await() {
     done
 }
 
-# Ends the broker when the process that asked for it is gone, however it went.
-watch_parent() {
-    [ -n "$parent" ] || return 0
-    pid=$(cat "$dir/pid")
-    setsid sh -c "while kill -0 $parent 2>/dev/null && kill -0 $pid 2>/dev/null; do sleep 0.5; done
-        kill -9 $pid 2>/dev/null" </dev/null >/dev/null 2>&1 &
-}
-
 case $command in
     fetch) [ -n "${KAFKA_BROKERS:-}" ] || fetch ;;
     start)
@@ -201,7 +180,7 @@ case $command in
             start_jars
         fi
         await
-        [ ! -f "$dir/pid" ] || watch_parent
+        [ ! -f "$dir/pid" ] || end_with "$(cat "$dir/pid")" "$parent"
         cat "$dir/addresses"
         echo "KAFKA_DIR=$dir"
         ;;

@@ -12,9 +12,8 @@ set -eu
 VERSION=2.5.11.Final
 CACHE=${TIDEMILL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tidemill}/apicurio/$VERSION
 
-say() { printf 'registry: %s\n' "$*" >&2; }
-fail() { printf 'registry: %s\n' "$*" >&2; exit 1; }
-has() { command -v "$1" >/dev/null 2>&1; }
+NAME=registry
+. "$(dirname "$0")/common.sh"
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
@@ -33,8 +32,7 @@ done
 
 fetch() {
     [ -d "$CACHE" ] && return
-    has java || fail "Java is missing: install it with: apt-get install openjdk-17-jre-headless"
-    has mvn || fail "Maven is missing: install it with: apt-get install maven"
+    need_java
     say "fetching Apicurio Registry $VERSION with Maven (140 MB, once)"
     new=$CACHE.$$
     mkdir -p "$new"
@@ -53,22 +51,11 @@ POM
     mv "$new" "$CACHE" 2>/dev/null || rm -rf "$new"
 }
 
-free_port() {
-    python3 -c '
-import socket
-one = socket.socket()
-one.bind(("127.0.0.1", 0))
-print(one.getsockname()[1])'
-}
-
 answers() {
     python3 -c '
 import sys, urllib.request
 urllib.request.urlopen(sys.argv[1] + "/subjects", timeout=1)' "$1" 2>/dev/null
 }
-
-# A process that nobody has waited for yet is not alive.
-runs() { kill -0 "$1" 2>/dev/null && ! grep -qs '^State:.*Z' "/proc/$1/status"; }
 
 case $command in
     fetch) fetch ;;
@@ -77,7 +64,7 @@ case $command in
         [ -n "$dir" ] || dir=$(mktemp -d "${TMPDIR:-/tmp}/tidemill-registry.XXXXXX")
         mkdir -p "$dir"
         dir=$(cd "$dir" && pwd)
-        port=$(free_port)
+        port=$(free_ports 1)
         say "starting a registry in $dir (some seconds)"
         # It writes into the folder that it runs in.
         cd "$dir"
@@ -93,10 +80,7 @@ case $command in
             [ $tries -lt 300 ] || fail "it does not answer; its log is $dir/out.log"
             sleep 0.2
         done
-        if [ -n "$parent" ]; then
-            setsid sh -c "while kill -0 $parent 2>/dev/null && kill -0 $pid 2>/dev/null; do sleep 0.5; done
-                kill -9 $pid 2>/dev/null" </dev/null >/dev/null 2>&1 &
-        fi
+        end_with $pid "$parent"
         echo "SCHEMA_REGISTRY_URL=$url"
         echo "REGISTRY_DIR=$dir"
         ;;
