@@ -159,7 +159,7 @@ def measure(run: Run, num_records: int) -> dict:
     run.look()
     run.process.send_signal(signal.SIGINT)
     run.process.wait(timeout=60)
-    rows = run.topics("read", "bulk-out", "--values").splitlines()
+    rows = run.topics("read", "bulk-out", "--values").strip("\n").split("\n")
     ids = [json.loads(row)["id"] for row in rows]
     burst = run.samples[first:]
     lags = [one["lag"] for one in burst]

@@ -21,6 +21,8 @@ use crate::document::Generated;
 
 /// Part of every key. Raise it when the same inputs may give another answer.
 const ENGINE_VERSION: u32 = 1;
+/// Of the store's pages: what is written is seldom read.
+const CACHE_BYTES: usize = 8 << 20;
 const ANSWERS: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("answer-batches");
 /// What was written before the last rotation.
 const OLDER: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("older-answer-batches");
@@ -54,10 +56,12 @@ struct Index {
     next_batch: u64,
 }
 
-/// Bytes of a value.
+/// Bytes of a value; small, since there are many.
+#[derive(Clone, Copy)]
 struct Place {
     batch: u64,
-    range: Range<usize>,
+    start: u32,
+    len: u32,
 }
 
 impl JournalKey {
@@ -90,7 +94,9 @@ impl Journal {
     pub fn open(path: &Path) -> Result<Self, JournalError> {
         let name: Arc<str> = path.display().to_string().into();
         let fail = |source: redb::Error| failed("open", &name, source);
-        let database = Database::create(path).map_err(|error| fail(error.into()))?;
+        let mut database = Database::builder();
+        let database =
+            database.set_cache_size(CACHE_BYTES).create(path).map_err(|error| fail(error.into()))?;
         // The tables must exist before the first look-up.
         let transaction = database.begin_write().map_err(|error| fail(error.into()))?;
         let mut index = Index::default();
@@ -112,10 +118,7 @@ impl Journal {
     ) -> Result<Vec<Option<Generated>>, JournalError> {
         let fail = |source: redb::Error| failed("read", &self.path, source);
         let index = self.index();
-        let find = |key| {
-            let place = index.answers.get(key).or_else(|| index.older.get(key))?;
-            Some((place.batch, place.range.clone()))
-        };
+        let find = |key| index.answers.get(key).or_else(|| index.older.get(key)).copied();
         let places: Vec<_> = keys.into_iter().map(find).collect();
         drop(index);
         if places.iter().all(Option::is_none) {
@@ -126,11 +129,11 @@ impl Journal {
         for table in [ANSWERS, OLDER] {
             tables.push(transaction.open_table(table).map_err(|error| fail(error.into()))?);
         }
-        let read = |place: Option<(u64, Range<usize>)>| {
-            let Some((batch, range)) = place else { return Ok(None) };
+        let read = |place: Option<Place>| {
+            let Some(Place { batch, start, len }) = place else { return Ok(None) };
             for table in &tables {
                 if let Some(answers) = table.get(batch).map_err(|error| fail(error.into()))? {
-                    let answer = answers.value().get(range);
+                    let answer = answers.value().get(start as usize..start as usize + len as usize);
                     return Ok(answer.and_then(|answer| serde_json::from_slice(answer).ok()));
                 }
             }
@@ -197,7 +200,9 @@ impl Index {
         let mut at = 0;
         while let Some((key, range)) = entry(bytes, at) {
             at = range.end;
-            answers.insert(key, Place { batch, range });
+            // A value is shorter than 4 GiB, so is what is in it.
+            let Ok(start) = u32::try_from(range.start) else { break };
+            answers.insert(key, Place { batch, start, len: range.len() as u32 });
         }
         self.next_batch = self.next_batch.max(batch + 1);
     }

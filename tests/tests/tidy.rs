@@ -25,8 +25,18 @@ const EDGES: [(&str, &[&str]); 5] = [
     ("tidemill-tests", &["tidemill", "tidemill-connectors", "tidemill-kernels", "tidemill-operators"]),
 ];
 
-const FOLDERS: [&str; 9] =
-    [".ci", "connectors", "deploy", "examples", "kernels", "operators", "pipeline", "scripts", "tests"];
+const FOLDERS: [&str; 10] = [
+    ".ci",
+    "connectors",
+    "deploy",
+    "docs",
+    "examples",
+    "kernels",
+    "operators",
+    "pipeline",
+    "scripts",
+    "tests",
+];
 
 /// How a forbidden name is found in code.
 #[derive(Clone, Copy)]

@@ -70,7 +70,7 @@ impl Group {
         cluster.check()?;
         let mut config = cluster.client(&[
             ("partition.assignment.strategy", "cooperative-sticky"),
-            ("queued.max.messages.kbytes", "16384"),
+            ("queued.max.messages.kbytes", "8192"),
             // A full queue is looked at again soon: after the default of a second it is long empty.
             ("fetch.queue.backoff.ms", "5"),
             ("statistics.interval.ms", "1000"),
