@@ -1,5 +1,4 @@
 //! Parquet files to a topic and a topic to Parquet files, against the real broker.
-#![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::sync::Arc;
 
