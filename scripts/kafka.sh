@@ -1,14 +1,16 @@
 #!/bin/sh
 # A Kafka broker for the demo, the tests and the benchmarks: one KRaft node on loopback.
 #
-#   kafka.sh start [--dir DIR] [--proxies N] [--parent PID]   prints KAFKA_BROKERS=HOST:PORT
-#   kafka.sh stop --dir DIR                                   stops what `start` started
-#   kafka.sh fetch                                            only makes sure that the jars are here
+#   kafka.sh start [--dir DIR] [--proxies N] [--secure] [--parent PID]   prints KAFKA_BROKERS=HOST:PORT
+#   kafka.sh stop --dir DIR                                              stops what `start` started
+#   kafka.sh fetch                                                       only makes sure that the jars are here
 #
 # Where KAFKA_BROKERS is set, that broker is taken and nothing is started or stopped. Else docker is used if an engine
 # runs, else the jars from Maven with Java 17, kept in the cache. A DIR that holds a broker's data is started again
 # with the same data and ports. --proxies adds listeners that tell clients to come to another port, on which a test
-# can stand between; they are printed as PROXY0=PORT:TARGET. With --parent the broker ends when that process does.
+# can stand between; they are printed as PROXY0=PORT:TARGET. --secure adds a listener with TLS and SCRAM for the user
+# `tidemill` with the password `secret`, printed as SECURE=HOST:PORT; its certificate is DIR/ca.pem. With --parent the
+# broker ends when that process does.
 set -eu
 
 VERSION=4.1.0
@@ -18,20 +20,21 @@ CACHE=${TIDEMILL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tidemill}/kafka/$VERSION
 NAME=kafka
 . "$(dirname "$0")/common.sh"
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
-dir="" proxies=0 parent=""
+dir="" proxies=0 secure="" parent=""
 [ $# -ge 1 ] || usage
 command=$1
 shift
 while [ $# -gt 0 ]; do
     case $1 in
-        --dir) dir=$2 ;;
-        --proxies) proxies=$2 ;;
-        --parent) parent=$2 ;;
+        --dir) dir=$2; shift ;;
+        --proxies) proxies=$2; shift ;;
+        --parent) parent=$2; shift ;;
+        --secure) secure=yes ;;
         *) usage ;;
     esac
-    shift 2
+    shift
 done
 
 fetch() {
@@ -63,12 +66,28 @@ socket.create_connection(("127.0.0.1", int(sys.argv[1])), 0.2)' "$1" 2>/dev/null
 
 alive() { [ -f "$dir/pid" ] && runs "$(cat "$dir/pid")"; }
 
+# A certificate that signs itself, and a login.
+configure_secure() {
+    keytool -genkeypair -alias broker -keyalg RSA -validity 30 -dname CN=localhost -ext SAN=ip:127.0.0.1,dns:localhost \
+        -storetype PKCS12 -keystore "$dir/broker.p12" -storepass tidemill >"$dir/keytool.log" 2>&1 \
+        || { tail -n 5 "$dir/keytool.log" >&2; fail "cannot make a certificate"; }
+    keytool -exportcert -rfc -alias broker -keystore "$dir/broker.p12" -storepass tidemill -file "$dir/ca.pem" \
+        >>"$dir/keytool.log" 2>&1
+    cat >> "$dir/server.properties" <<PROPERTIES
+listener.name.secure.ssl.keystore.type=PKCS12
+listener.name.secure.ssl.keystore.location=$dir/broker.p12
+listener.name.secure.ssl.keystore.password=tidemill
+listener.name.secure.sasl.enabled.mechanisms=SCRAM-SHA-512
+listener.name.secure.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+PROPERTIES
+}
+
 # The configuration, once for a folder, so that a broker that comes back has its ports.
 configure() {
     # shellcheck disable=SC2046 # one word for each port
-    set -- $(free_ports $((2 + 2 * proxies)))
-    port=$1 controller=$2
-    shift 2
+    set -- $(free_ports $((3 + 2 * proxies)))
+    port=$1 controller=$2 secured=$3
+    shift 3
     listeners="PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$controller"
     advertised="PLAINTEXT://127.0.0.1:$port"
     protocols="PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT"
@@ -82,6 +101,12 @@ configure() {
         index=$((index + 1))
         shift 2
     done
+    if [ -n "$secure" ]; then
+        listeners="$listeners,SECURE://127.0.0.1:$secured"
+        advertised="$advertised,SECURE://127.0.0.1:$secured"
+        protocols="$protocols,SECURE:SASL_SSL"
+        printf 'SECURE=127.0.0.1:%s\n' "$secured" >> "$dir/addresses"
+    fi
     cat > "$dir/server.properties" <<PROPERTIES
 process.roles=broker,controller
 node.id=1
@@ -109,6 +134,7 @@ log.retention.ms=-1
 num.network.threads=2
 num.io.threads=4
 PROPERTIES
+    [ -z "$secure" ] || configure_secure
     cat > "$dir/log4j2.yaml" <<LOGGING
 Configuration:
   Appenders:
@@ -122,11 +148,11 @@ start_jars() {
     fetch
     if [ ! -f "$dir/server.properties" ]; then
         configure
+        set --
+        [ -z "$secure" ] || set -- --add-scram 'SCRAM-SHA-512=[name=tidemill,password=secret]'
         java -Xmx128m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Dlog4j2.configurationFile="$dir/log4j2.yaml" \
-            -cp "$CACHE/libs/*" kafka.tools.StorageTool format --standalone \
-            -t MkU3OEVBNTcwNTJENDM2Qk -c "$dir/server.properties" >"$dir/format.log" 2>&1 \
-            || java -Xmx128m -cp "$CACHE/libs/*" kafka.tools.StorageTool format \
-                -t MkU3OEVBNTcwNTJENDM2Qk -c "$dir/server.properties" >"$dir/format.log" 2>&1 \
+            -cp "$CACHE/libs/*" kafka.tools.StorageTool format \
+            -t MkU3OEVBNTcwNTJENDM2Qk -c "$dir/server.properties" "$@" >"$dir/format.log" 2>&1 \
             || { tail -n 5 "$dir/format.log" >&2; fail "cannot format the broker's storage"; }
     fi
     setsid java -Xms256m -Xmx512m -XX:+UseSerialGC -Dlog4j2.configurationFile="$dir/log4j2.yaml" \
@@ -136,8 +162,8 @@ start_jars() {
 
 start_docker() {
     has docker && docker info >/dev/null 2>&1 || return 1
-    # Listeners for proxies need the host's network and this script's configuration.
-    [ "$proxies" = 0 ] || return 1
+    # Other listeners need the host's network and this script's configuration.
+    [ "$proxies" = 0 ] && [ -z "$secure" ] || return 1
     port=$(free_ports 1)
     docker run -d --rm -p "127.0.0.1:$port:9092" -e KAFKA_NODE_ID=1 -e KAFKA_PROCESS_ROLES=broker,controller \
         -e KAFKA_LISTENERS=PLAINTEXT://:9092,CONTROLLER://:9093 \
@@ -164,7 +190,7 @@ await() {
 case $command in
     fetch) [ -n "${KAFKA_BROKERS:-}" ] || fetch ;;
     start)
-        if [ -n "${KAFKA_BROKERS:-}" ] && [ "$proxies" = 0 ]; then
+        if [ -n "${KAFKA_BROKERS:-}" ] && [ "$proxies" = 0 ] && [ -z "$secure" ]; then
             say "taking the broker at $KAFKA_BROKERS"
             echo "KAFKA_BROKERS=$KAFKA_BROKERS"
             exit 0

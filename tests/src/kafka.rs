@@ -20,6 +20,8 @@ pub mod simulation;
 pub struct Broker {
     folder: tempfile::TempDir,
     brokers: String,
+    /// With TLS and a login, where it was asked for.
+    secure: Option<String>,
     /// Ports on which a proxy should listen, and where it should lead to.
     pub proxies: Vec<(u16, u16)>,
 }
@@ -27,9 +29,18 @@ pub struct Broker {
 impl Broker {
     /// Starts one; `num_proxies` are listeners that tell clients to come to a proxy's port.
     pub fn start(num_proxies: usize) -> Self {
+        Self::start_with(&["--proxies", &num_proxies.to_string()])
+    }
+
+    /// Starts one that also listens with TLS and SCRAM.
+    pub fn start_secure() -> Self {
+        Self::start_with(&["--secure"])
+    }
+
+    fn start_with(args: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut broker = Self { folder, brokers: String::new(), proxies: Vec::new() };
-        broker.run_start(num_proxies);
+        let mut broker = Self { folder, brokers: String::new(), secure: None, proxies: Vec::new() };
+        broker.run_start(args);
         broker
     }
 
@@ -39,14 +50,14 @@ impl Broker {
         BROKER.get_or_init(|| Self::start(0))
     }
 
-    fn run_start(&mut self, num_proxies: usize) {
+    fn run_start(&mut self, args: &[&str]) {
         let output = Command::new("sh")
             .arg(crate::workspace().join("scripts/kafka.sh"))
             .arg("start")
             .arg("--dir")
             .arg(self.folder.path())
             .args(["--parent", &std::process::id().to_string()])
-            .args(["--proxies", &num_proxies.to_string()])
+            .args(args)
             // A broker that is here for other things must not be killed by tests.
             .env_remove("KAFKA_BROKERS")
             .stdin(Stdio::null())
@@ -58,6 +69,8 @@ impl Broker {
             let Some((name, value)) = line.split_once('=') else { continue };
             if name == "KAFKA_BROKERS" {
                 value.clone_into(&mut self.brokers);
+            } else if name == "SECURE" {
+                self.secure = Some(value.to_owned());
             } else if name.starts_with("PROXY") {
                 let (port, target) = value.split_once(':').expect("PORT:TARGET");
                 self.proxies.push((port.parse().expect("a port"), target.parse().expect("a port")));
@@ -79,12 +92,17 @@ impl Broker {
 
     /// After a kill: the same broker with the same data and ports.
     pub fn restart(&mut self) {
-        let num_proxies = self.proxies.len();
-        self.run_start(num_proxies);
+        // What it was started with first is kept in its folder.
+        self.run_start(&[]);
     }
 
     pub fn address(&self) -> &str {
         &self.brokers
+    }
+
+    /// The listener with TLS, and the certificate to trust.
+    pub fn secure(&self) -> (&str, PathBuf) {
+        (self.secure.as_deref().expect("started with it"), self.folder.path().join("ca.pem"))
     }
 
     pub fn cluster(&self) -> Cluster {

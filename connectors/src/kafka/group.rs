@@ -311,8 +311,27 @@ impl ClientContext for GroupContext {
     }
 }
 
-/// Callbacks of a client that has nothing to say.
-pub(super) struct Quiet;
+/// Callbacks of a client that only looks things up.
+#[derive(Default)]
+pub(super) struct Quiet {
+    /// Why it could not, in more words than its calls return.
+    trouble: Mutex<Option<String>>,
+}
+
+impl Quiet {
+    /// Makes a call's error tell what was behind it, such as a login that was refused.
+    pub(super) fn explain(client: &BaseConsumer<Self>, error: KafkaError) -> KafkaError {
+        // What has happened is told while the client is polled.
+        let _ = client.poll(Duration::from_millis(10));
+        let trouble = client.context().trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match (error, trouble) {
+            (KafkaError::Broker { action, brokers, .. }, Some(reason)) => {
+                KafkaError::Broker { action, brokers, reason }
+            }
+            (error, _) => error,
+        }
+    }
+}
 
 impl ClientContext for Quiet {
     fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
@@ -321,6 +340,10 @@ impl ClientContext for Quiet {
 
     fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "client");
+        // That all brokers are away is said last, after why.
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
+            *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.to_owned());
+        }
     }
 }
 

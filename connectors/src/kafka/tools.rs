@@ -47,7 +47,7 @@ pub fn create_topic(
 ) -> Result<bool, KafkaError> {
     let fail = |error: &Client| cluster.error("make a topic", error);
     let admin: AdminClient<Quiet> =
-        cluster.client(&[]).create_with_context(Quiet).map_err(|error| fail(&error))?;
+        cluster.client(&[]).create_with_context(Quiet::default()).map_err(|error| fail(&error))?;
     let mut new = NewTopic::new(topic, num_partitions, TopicReplication::Fixed(-1));
     for (name, value) in configuration {
         new = new.set(name, value);
@@ -123,7 +123,7 @@ fn reader(cluster: &Cluster, isolation: &str) -> Result<BaseConsumer<Quiet>, Kaf
         .set("isolation.level", isolation)
         .set("enable.partition.eof", "true")
         .set("auto.offset.reset", "earliest");
-    config.create_with_context(Quiet).map_err(|error| cluster.error("read", &error))
+    config.create_with_context(Quiet::default()).map_err(|error| cluster.error("read", &error))
 }
 
 fn end_offsets_of(
@@ -255,7 +255,7 @@ pub fn committed_offsets(
     let fail = |error: Client| cluster.error("read offsets", &error);
     let mut config = cluster.client(&[]);
     config.set("group.id", group).set("isolation.level", "read_committed");
-    let client: BaseConsumer<Quiet> = config.create_with_context(Quiet).map_err(fail)?;
+    let client: BaseConsumer<Quiet> = config.create_with_context(Quiet::default()).map_err(fail)?;
     let mut list = TopicPartitionList::new();
     for partition in end_offsets_of(cluster, &client, topic)?.into_keys() {
         list.add_partition(topic, partition);

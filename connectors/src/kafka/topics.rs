@@ -23,12 +23,12 @@ const NUM_TRIES: u32 = 5;
 pub(super) fn limits(cluster: &Cluster, topics: [&str; 2]) -> Result<[usize; 2], KafkaError> {
     let config = cluster.client(&[]);
     let client: BaseConsumer<Quiet> =
-        config.create_with_context(Quiet).map_err(|error| cluster.error("write", &error))?;
+        config.create_with_context(Quiet::default()).map_err(|error| cluster.error("write", &error))?;
     for topic in topics {
         await_topic(cluster, &client, topic)?;
     }
     let admin: AdminClient<Quiet> =
-        config.create_with_context(Quiet).map_err(|error| cluster.error("write", &error))?;
+        config.create_with_context(Quiet::default()).map_err(|error| cluster.error("write", &error))?;
     let resources = topics.map(ResourceSpecifier::Topic);
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
     let found = block_on(admin.describe_configs(&resources, &options));
@@ -45,7 +45,7 @@ fn await_topic(cluster: &Cluster, client: &BaseConsumer<Quiet>, topic: &str) -> 
     for _ in 0..NUM_TRIES {
         let metadata = client
             .fetch_metadata(Some(topic), TIMEOUT)
-            .map_err(|error| cluster.error("look up topics", &error))?;
+            .map_err(|error| Quiet::explain(client, cluster.error("look up topics", &error)))?;
         let is_there = |found: &rdkafka::metadata::MetadataTopic| {
             found.name() == topic && found.error().is_none() && !found.partitions().is_empty()
         };
