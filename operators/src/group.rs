@@ -32,7 +32,7 @@ use window::WindowLimits;
 
 /// How many prompts each engine has, and how many it wants.
 ///
-/// `group` is the only one to raise a count, `infer` the only one to lower it.
+/// `group` is the only one to raise a count, the engine's thread the only one to lower it.
 #[derive(Debug)]
 pub struct Demand {
     /// `[num_engines]`
@@ -49,7 +49,7 @@ impl Demand {
         Self { outstanding, target, group: OnceLock::new() }
     }
 
-    fn take(&self, engine: usize) -> bool {
+    pub(crate) fn take(&self, engine: usize) -> bool {
         if self.outstanding[engine].load(Ordering::Acquire) >= self.target {
             return false;
         }

@@ -118,8 +118,6 @@ impl Drop for Watch {
 /// A document whose answer is being made.
 struct OpenDocument {
     epoch: Epoch,
-    /// The one that answers.
-    engine: u32,
     tenant: Arc<str>,
     /// Counted as in flight for the tenant.
     tokens: u64,
@@ -189,7 +187,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     let trace_parent = tracing.and_then(|tracing| (tracing.trace_parent)(&prompt.document));
                     let (engine, tokens) = (prompt.engine, prompt.cost());
                     let (tenant, document) = (prompt.tenant, prompt.document);
-                    let tag = open.insert(OpenDocument { epoch, engine, tenant, tokens, document });
+                    let tag = open.insert(OpenDocument { epoch, tenant, tokens, document });
                     engines[engine as usize].submit(Work {
                         tag,
                         key: prompt.key,
@@ -202,6 +200,8 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                         trace_parent,
                         context: Arc::clone(&context),
                         reply: Arc::clone(&mailbox),
+                        demand: Arc::clone(&demand),
+                        engine,
                     });
                 }
                 let replies = mailbox.take();
@@ -211,7 +211,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                 let mut finished: BTreeMap<Epoch, u64> = BTreeMap::new();
                 let mut leaving: BTreeMap<Epoch, Vec<Document>> = BTreeMap::new();
                 for (tag, reply) in replies {
-                    let OpenDocument { epoch, engine, tenant, tokens, mut document } = open.remove(tag);
+                    let OpenDocument { epoch, tenant, tokens, mut document } = open.remove(tag);
                     // An entry without documents is one whose answers are not wanted.
                     let leaving = leaving.entry(epoch).or_default();
                     // An answer that was finished before the lease was revoked is not wanted either.
@@ -224,7 +224,6 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     open.epochs.get_mut(&epoch).expect("open with its documents").1 -= 1;
                     *finished.entry(epoch).or_insert(0) += tokens;
                     context.tenants.finished(&tenant, tokens, answer);
-                    demand.finished(engine as usize);
                 }
                 for (epoch, mut documents) in leaving {
                     let (capability, count) = open.epochs.get(&epoch).expect("open with its documents");
@@ -236,7 +235,6 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     }
                 }
                 context.tokens.finish(&finished);
-                demand.wake();
             }
         })
     }

@@ -8,11 +8,11 @@
 //! and a store ordered by them would write a page for each. Where a key is found is kept in memory, which
 //! [`rotate`](Journal::rotate) bounds, and is read from the values when the journal is opened.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ahash::AHashMap;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tidemill_kernels::step::SamplingParams;
@@ -51,8 +51,8 @@ pub struct Journal {
 /// Where answers are.
 #[derive(Default)]
 struct Index {
-    answers: BTreeMap<JournalKey, Place>,
-    older: BTreeMap<JournalKey, Place>,
+    answers: AHashMap<JournalKey, Place>,
+    older: AHashMap<JournalKey, Place>,
     next_batch: u64,
 }
 

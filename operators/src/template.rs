@@ -4,8 +4,8 @@
 //! a title, `{{ title or "untitled" }}` says what to do with it. A document whose columns are all empty is
 //! refused too, since a model would answer it with an invention.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use arrow::array::{Array, AsArray, StructArray};
 use arrow::datatypes::{
@@ -14,6 +14,8 @@ use arrow::datatypes::{
 };
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use minijinja::{Environment, Error, ErrorKind as JinjaErrorKind, UndefinedBehavior, Value};
+use serde::Deserializer;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::chat::jinja;
@@ -83,11 +85,11 @@ impl Template {
         document: &Document,
         refuse: impl FnOnce(&[(&str, Value)]) -> Option<String>,
     ) -> Result<String, RenderError> {
-        let fields = Fields::of(document);
+        let fields = Fields::of(document, &self.variables);
         let mut nulls = Vec::new();
         let mut values = Vec::new();
-        for name in &self.variables {
-            let value = variable(document, &fields, name);
+        for (index, name) in self.variables.iter().enumerate() {
+            let value = variable(document, &fields, index, name);
             if value.is_none() {
                 nulls.push(name.as_str());
             }
@@ -102,25 +104,71 @@ impl Template {
     }
 }
 
-/// The fields of a row whose text is a JSON object, besides its columns.
-struct Fields<'a>(Option<BTreeMap<Cow<'a, str>, &'a RawValue>>);
+/// The fields of a row whose text is a JSON object, besides its columns: those of some names, in their order.
+struct Fields<'a>(Option<Vec<Option<&'a RawValue>>>);
 
 impl<'a> Fields<'a> {
-    fn of(document: &'a Document) -> Self {
+    fn of(document: &'a Document, names: &BTreeSet<String>) -> Self {
         let schema = document.batch().schema_ref();
         let found = schema.fields().iter().position(|field| is_json(field)).and_then(|index| {
             let text = document.batch().column(index).as_string_opt::<i32>()?;
-            serde_json::from_str(text.value(document.index())).ok()
+            let mut text = serde_json::Deserializer::from_str(text.value(document.index()));
+            text.deserialize_map(Wanted(names)).ok()
         });
         Self(found)
     }
 
     /// A field that is not there is null: objects of a stream need not have the same fields.
-    fn get(&self, name: &str) -> Option<Value> {
+    fn get(&self, index: usize) -> Option<Value> {
         let fields = self.0.as_ref()?;
-        let value =
-            fields.get(name).and_then(|raw| serde_json::from_str::<serde_json::Value>(raw.get()).ok());
+        let value = fields[index].and_then(|raw| serde_json::from_str::<serde_json::Value>(raw.get()).ok());
         Some(value.map_or(Value::from(()), json))
+    }
+}
+
+/// Looks for the fields of these names and passes over the others. Of a name that occurs twice, the last one counts.
+#[derive(Clone, Copy)]
+struct Wanted<'n>(&'n BTreeSet<String>);
+
+impl<'de> Visitor<'de> for Wanted<'_> {
+    type Value = Vec<Option<&'de RawValue>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Self::Value, A::Error> {
+        let mut found = vec![None; self.0.len()];
+        while let Some(index) = fields.next_key_seed(Name(self.0))? {
+            match index {
+                Some(index) => found[index] = Some(fields.next_value()?),
+                None => drop(fields.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The place of a name among those that are wanted.
+struct Name<'n>(&'n BTreeSet<String>);
+
+impl<'de> DeserializeSeed<'de> for Name<'_> {
+    type Value = Option<usize>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Name<'_> {
+    type Value = Option<usize>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a name")
+    }
+
+    fn visit_str<E>(self, name: &str) -> Result<Self::Value, E> {
+        Ok(self.0.iter().position(|wanted| wanted == name))
     }
 }
 
@@ -129,13 +177,14 @@ pub fn is_json(field: &Field) -> bool {
     field.metadata().get(FORMAT_KEY).is_some_and(|format| format == "json")
 }
 
-fn variable(document: &Document, fields: &Fields<'_>, name: &str) -> Value {
+/// The value of a name, which stands at `index` among those that the fields were asked for.
+fn variable(document: &Document, fields: &Fields<'_>, index: usize, name: &str) -> Value {
     if let Some(result) = document.results.get(name) {
         return Value::from(result.text.as_str());
     }
     match document.batch().column_by_name(name) {
         Some(column) => cell(column, document.index()),
-        None => fields.get(name).unwrap_or(Value::UNDEFINED),
+        None => fields.get(index).unwrap_or(Value::UNDEFINED),
     }
 }
 

@@ -16,6 +16,9 @@ use serde_json::value::RawValue;
 
 use super::rows::{FORMAT, KAFKA, VALUE};
 
+/// Most rows get no more bytes than this besides their `value`.
+const MAX_ADDED: usize = 256;
+
 /// The object of each row.
 pub fn encode_values(rows: &RecordBatch) -> Result<Vec<Vec<u8>>, ArrowError> {
     let schema = rows.schema();
@@ -28,9 +31,12 @@ pub fn encode_values(rows: &RecordBatch) -> Result<Vec<Vec<u8>>, ArrowError> {
         .collect();
     let mut values: Vec<Vec<u8>> = (0..rows.num_rows()).map(|_| Vec::new()).collect();
     let names: Vec<&str> = others.iter().map(|&index| schema.field(index).name().as_str()).collect();
+    // Text without `answer` is text without `answer_finish_reason`.
+    let is_implied = |name: &&str| names.iter().any(|other| other != name && name.contains(other));
+    let signs: Vec<&str> = names.iter().copied().filter(|name| !is_implied(name)).collect();
     for (row, out) in values.iter_mut().enumerate() {
         match value {
-            Some(value) => begin_with(out, rows.column(value).as_string::<i32>().value(row), &names),
+            Some(value) => begin_with(out, rows.column(value).as_string::<i32>().value(row), &names, &signs),
             None => out.push(b'{'),
         }
     }
@@ -50,11 +56,13 @@ struct Fields<'a> {
     fields: BTreeMap<Cow<'a, str>, &'a RawValue>,
 }
 
-/// The object's text without its last brace, and without the fields that columns replace.
-fn begin_with(out: &mut Vec<u8>, object: &str, names: &[&str]) {
+/// The object's text without its last brace, and without the fields that columns replace. Where none of the `signs` is in
+/// the text, there are no such fields.
+fn begin_with(out: &mut Vec<u8>, object: &str, names: &[&str], signs: &[&str]) {
     let object = object.trim();
-    // The quoted name somewhere in the text is rare, and only then a look is worth it.
-    let may_clash = names.iter().any(|name| object.contains(name)) || object.contains("\\u");
+    out.reserve(object.len() + MAX_ADDED);
+    // The name somewhere in the text is rare, and only then a look is worth it.
+    let may_clash = signs.iter().any(|name| object.contains(name)) || object.contains("\\u");
     if may_clash && let Ok(Fields { mut fields }) = serde_json::from_str::<Fields<'_>>(object) {
         let num_fields = fields.len();
         fields.retain(|name, _| !names.contains(&name.as_ref()));

@@ -5,11 +5,12 @@
 //! looked at on its own.
 
 use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::schema::{Encoding, RegistrySpec, Schemas};
-use serde::Deserialize;
-use serde::de::IgnoredAny;
-use std::collections::BTreeMap;
 
 /// What a record's value holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,11 +46,25 @@ enum Kind {
 }
 
 /// Any JSON object, its values looked at for form only.
-#[derive(Deserialize)]
-#[serde(transparent)]
-struct AnyObject<'a> {
-    #[serde(borrow)]
-    _fields: BTreeMap<Cow<'a, str>, IgnoredAny>,
+struct AnyObject;
+
+impl<'de> Deserialize<'de> for AnyObject {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = AnyObject;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<AnyObject, A::Error> {
+                while fields.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(AnyObject)
+            }
+        }
+        deserializer.deserialize_map(Fields)
+    }
 }
 
 impl Decoder {
@@ -78,7 +93,7 @@ impl Decoder {
         let text = std::str::from_utf8(payload)
             .map_err(|error| refuse(format!("not UTF-8 at byte {}", error.valid_up_to())))?;
         if self.is_json() {
-            let checked: Result<AnyObject<'_>, _> = serde_json::from_str(text);
+            let checked: Result<AnyObject, _> = serde_json::from_str(text);
             checked.map_err(|error| refuse(format!("not a JSON object: {error}")))?;
         }
         Ok(Cow::Borrowed(text))

@@ -26,6 +26,7 @@ use super::sequence::{Finished, OwnerId, Priority, SequenceId, SequenceRequest, 
 use super::{Failure, Stop};
 use crate::counters::Counters;
 use crate::document::{Generated, Lease};
+use crate::group::Demand;
 use crate::in_flight::TokensInFlight;
 use crate::journal::{Journal, JournalKey};
 use crate::tenants::Tenants;
@@ -47,6 +48,9 @@ pub struct Work {
     pub trace_parent: Option<Arc<str>>,
     pub context: Arc<WorkContext>,
     pub reply: Arc<Mailbox>,
+    /// Has counted the work for this engine, and is told when the engine is done with it.
+    pub demand: Arc<Demand>,
+    pub engine: u32,
 }
 
 impl Work {
@@ -178,6 +182,7 @@ impl Runner {
                 load: engine_load,
                 next_id: 0,
                 done,
+                freed: Vec::new(),
             };
             if let Err(error) = driver.run(&queue) {
                 watched.fail(&error);
@@ -225,6 +230,8 @@ struct Driver {
     load: Arc<EngineLoad>,
     next_id: u64,
     done: Sender<Answer>,
+    /// Demands that have room again and were not told yet.
+    freed: Vec<Arc<Demand>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -258,22 +265,39 @@ impl Driver {
             for finished in finished {
                 self.finish(finished);
             }
+            self.make_room();
             self.load.update(&self.engine, self.open_tokens);
         }
     }
 
     /// Takes out the works whose lease is revoked, and those of pipelines that are over.
     fn cancel(&mut self) {
-        let is_canceled = |work: &Work| work.lease.is_revoked() || work.context.is_over();
+        // Few pipelines are asked often: whether one is over is more than one flag.
+        let over: Vec<_> = self.owners.iter().filter(|owner| owner.context.is_over()).collect();
+        let is_over = |work: &Work| over.iter().any(|owner| Arc::ptr_eq(&owner.context, &work.context));
+        let is_canceled = |work: &Work| work.lease.is_revoked() || is_over(work);
+        if !self.open.values().any(is_canceled) {
+            return;
+        }
         for (id, work) in self.open.extract_if(.., |_, work| is_canceled(work)) {
             let is_known = self.engine.abort(id);
             assert!(is_known, "an open work is not in the engine");
             self.watcher.canceled(id);
             self.open_tokens -= work.max_len();
+            work.demand.finished(work.engine as usize);
+            self.freed.push(work.demand);
             // Without a reply an epoch never closes: what a pipeline that is over leaves undone must not look done.
             if work.lease.is_revoked() {
                 work.reply.put([(work.tag, Reply::Canceled)]);
             }
+        }
+    }
+
+    /// Tells the demands that have room, each once.
+    fn make_room(&mut self) {
+        while let Some(demand) = self.freed.pop() {
+            self.freed.retain(|other| !Arc::ptr_eq(other, &demand));
+            demand.wake();
         }
     }
 
@@ -347,7 +371,10 @@ impl Driver {
             prompt_len: finished.prompt_len,
             output_len: finished.token_ids.len() as u32,
         };
-        let Work { tag, key, context, reply, .. } = work;
+        let Work { tag, key, context, reply, demand, engine, .. } = work;
+        // The next prompt is asked for before this answer is durable: the engine does not wait for the journal.
+        demand.finished(engine as usize);
+        self.freed.push(demand);
         // The journal's thread ends only after this one, or on a failure that is reported already.
         let _ = self.done.send(Answer { tag, key, generated, context, reply });
     }

@@ -68,6 +68,8 @@ fn key(tag: u64) -> JournalKey {
 }
 
 fn work(tag: u64, context: &Arc<WorkContext>, reply: &Arc<Mailbox>) -> Work {
+    let demand = Arc::new(Demand::new(1, 1));
+    assert!(demand.take(0));
     Work {
         tag,
         key: key(tag),
@@ -80,6 +82,8 @@ fn work(tag: u64, context: &Arc<WorkContext>, reply: &Arc<Mailbox>) -> Work {
         trace_parent: None,
         context: Arc::clone(context),
         reply: Arc::clone(reply),
+        demand,
+        engine: 0,
     }
 }
 

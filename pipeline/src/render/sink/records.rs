@@ -211,7 +211,11 @@ impl<'a> Origin<'a> {
     }
 
     fn headers(&self) -> Headers {
-        let entries = self.column("headers").as_map().value(self.index);
+        let headers = self.column("headers").as_map();
+        if headers.value_length(self.index) == 0 {
+            return Headers::new();
+        }
+        let entries = headers.value(self.index);
         let (names, values) = (entries.column(0).as_string::<i32>(), entries.column(1).as_binary::<i32>());
         names
             .iter()
