@@ -1,5 +1,8 @@
 //! How fast records go from topic to topic, beside a plain consume-produce loop over the same client, and kcat.
 //!
+//! The loop is run twice: with the client's defaults, with which it stops for a second when it has read ahead far
+//! enough, and without that pause, which is what the machine can do.
+//!
 //! The model answers at once with one token, and the prompt is the record's number, so what is measured is reading,
 //! the dataflow, the journal, writing and committing. The time goes from the first record read to the last one
 //! committed, so that joining the group counts for nobody. All of them run on the same broker, one after the other.
@@ -24,6 +27,8 @@ use crate::spec::Definition;
 use crate::summary::thousands;
 
 const NUM_PARTITIONS: i32 = 4;
+/// How long the client stops reading when it has enough; by default a second.
+const TUNED: [(&str, &str); 1] = [("fetch.queue.backoff.ms", "5")];
 /// Records of a size until they take about this much.
 const MAX_BYTES: usize = 100 << 20;
 
@@ -59,8 +64,10 @@ pub(super) struct ConnectorsReport {
 struct SizeReport {
     record_bytes: usize,
     records: u32,
-    /// The plain loop over rdkafka.
+    /// The plain loop over rdkafka with the client's defaults.
     plain: f64,
+    /// The same loop without the client's pauses.
+    tuned: f64,
     /// `None` where kcat is not installed.
     kcat: Option<f64>,
     at_least_once: f64,
@@ -69,6 +76,8 @@ struct SizeReport {
 
 pub(super) fn measure(args: &ConnectorsArgs) -> Result<ConnectorsReport, BenchError> {
     let cluster = Cluster { brokers: args.brokers.clone(), ..Cluster::default() };
+    let tuned =
+        Cluster { options: TUNED.map(|(key, value)| (key.into(), value.into())).into(), ..cluster.clone() };
     let clock = Clock::start();
     // Topics of an earlier run must not be in the way.
     let run_id = std::process::id();
@@ -79,7 +88,7 @@ pub(super) fn measure(args: &ConnectorsArgs) -> Result<ConnectorsReport, BenchEr
         let input = format!("tidemill-bench-{run_id}-{size}");
         tools::create_topic(&cluster, &input, NUM_PARTITIONS, &[])?;
         tools::produce(&cluster, &input, (0..num_records).map(|number| record(number, size)))?;
-        let mut samples: [Vec<f64>; 4] = Default::default();
+        let mut samples: [Vec<f64>; 5] = Default::default();
         for round in 0..args.repeat {
             let topic = |name: &str| -> Result<String, BenchError> {
                 let topic = format!("{input}-{name}-{round}");
@@ -87,20 +96,23 @@ pub(super) fn measure(args: &ConnectorsArgs) -> Result<ConnectorsReport, BenchEr
                 Ok(topic)
             };
             let rate = |seconds: f64| f64::from(num_records) / seconds;
-            let output = topic("plain")?;
-            samples[0].push(rate(plain(&cluster, &input, &output, num_records, clock)?));
-            samples[1].extend(kcat(&args.brokers, &input, &topic("kcat")?, clock).map(rate));
-            for (place, delivery) in [(2, "at_least_once"), (3, "exactly_once")] {
+            for (place, name, cluster) in [(0, "plain", &cluster), (1, "tuned", &tuned)] {
+                let output = topic(name)?;
+                samples[place].push(rate(plain(cluster, &input, &output, num_records, clock)?));
+            }
+            samples[2].extend(kcat(&args.brokers, &input, &topic("kcat")?, clock).map(rate));
+            for (place, delivery) in [(3, "at_least_once"), (4, "exactly_once")] {
                 let (output, errors) = (topic(delivery)?, topic(&format!("{delivery}-errors"))?);
                 let seconds = pipeline(args, &input, &output, &errors, delivery, num_records, clock)?;
                 samples[place].push(rate(seconds));
             }
         }
-        let [plain, kcat, at_least_once, exactly_once] = samples;
+        let [plain, tuned, kcat, at_least_once, exactly_once] = samples;
         rows.push(SizeReport {
             record_bytes: size,
             records: num_records,
             plain: median(&plain),
+            tuned: median(&tuned),
             kcat: (!kcat.is_empty()).then(|| median(&kcat)),
             at_least_once: median(&at_least_once),
             exactly_once: median(&exactly_once),
@@ -231,12 +243,14 @@ impl ConnectorsReport {
                 format!("{} B", thousands(row.record_bytes as u64)),
                 thousands(row.records.into()),
                 number(row.plain),
+                share(row.tuned),
                 row.kcat.map_or("–".to_owned(), share),
                 share(row.at_least_once),
                 share(row.exactly_once),
             ]
         });
-        let header = ["records/s", "records", "plain loop", "kcat", "at least once", "exactly once"];
+        let header =
+            ["records/s", "records", "plain loop", "tuned loop", "kcat", "at least once", "exactly once"];
         table(&header, rows)
     }
 }
