@@ -10,5 +10,7 @@ pub mod kafka;
 pub mod manifest;
 pub mod output;
 pub mod parquet;
+#[cfg(test)]
+mod random;
 pub mod sink;
 pub mod source;

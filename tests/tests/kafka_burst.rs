@@ -3,15 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use serde_json::Value;
 use tidemill_connectors::kafka::tools::Record;
-use tidemill_tests::Pipeline;
 use tidemill_tests::kafka::Broker;
+use tidemill_tests::{Pipeline, http_get};
 
 const CALM: u64 = 500;
 const BURST: u64 = 12_000;
@@ -21,13 +20,8 @@ const MAX_GROWTH_KIB: u64 = 64 << 10;
 fn look(port: u16, child: &mut Child) -> Value {
     loop {
         assert!(child.try_wait().unwrap().is_none(), "the run has ended");
-        let answer = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
-            write!(stream, "GET /snapshot HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
-            let mut text = String::new();
-            stream.read_to_string(&mut text)?;
-            Ok(text)
-        });
-        if let Some(body) = answer.ok().as_deref().and_then(|text| text.split("\r\n\r\n").nth(1)) {
+        let answer = http_get(port, "/snapshot");
+        if let Some(body) = answer.as_deref().and_then(|text| text.split("\r\n\r\n").nth(1)) {
             let pipeline = &serde_json::from_str::<Value>(body).unwrap()["pipelines"][0];
             if pipeline["kafka"]["partitions"].as_array().is_some_and(|partitions| !partitions.is_empty()) {
                 return pipeline.clone();

@@ -2,14 +2,14 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tidemill_connectors::kafka::tools::Record;
-use tidemill_tests::Pipeline;
 use tidemill_tests::kafka::Broker;
+use tidemill_tests::{Pipeline, http_get};
 
 const TRACE_ID: u128 = 0x0af7_6519_16cd_43dd_8448_eb21_1c80_319c;
 
@@ -39,14 +39,6 @@ fn collector() -> (u16, Arc<Mutex<Vec<u8>>>) {
     (port, all)
 }
 
-fn get(port: u16, path: &str) -> Option<String> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").ok()?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).ok()?;
-    Some(text)
-}
-
 /// The value of a metric, summed over its labels.
 fn metric(text: &str, name: &str) -> f64 {
     let of_name = text.lines().filter(|line| line.starts_with(&format!("{name}{{")));
@@ -56,7 +48,7 @@ fn metric(text: &str, name: &str) -> f64 {
 fn await_metrics(port: u16, child: &mut Child, is_there: impl Fn(&str) -> bool) -> String {
     loop {
         assert!(child.try_wait().unwrap().is_none(), "the run has ended");
-        match get(port, "/metrics").filter(|text| is_there(text)) {
+        match http_get(port, "/metrics").filter(|text| is_there(text)) {
             Some(text) => return text,
             None => std::thread::sleep(Duration::from_millis(50)),
         }
@@ -110,7 +102,7 @@ fn a_run_shows_its_figures_and_traces() {
     }
     assert_eq!(metric(&text, "tidemill_kafka_transactions_aborted_total"), 0.0);
     for path in ["/healthz", "/readyz"] {
-        assert!(get(port, path).unwrap().starts_with("HTTP/1.1 200"), "{path}");
+        assert!(http_get(port, path).unwrap().starts_with("HTTP/1.1 200"), "{path}");
     }
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(130));

@@ -5,10 +5,8 @@
 //! looked at on its own.
 
 use std::borrow::Cow;
-use std::fmt;
 
-use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
 use super::schema::{Encoding, RegistrySpec, Schemas};
 
@@ -45,28 +43,6 @@ enum Kind {
     Registered(Box<Schemas>),
 }
 
-/// Any JSON object, its values looked at for form only.
-struct AnyObject;
-
-impl<'de> Deserialize<'de> for AnyObject {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = AnyObject;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<AnyObject, A::Error> {
-                while fields.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(AnyObject)
-            }
-        }
-        deserializer.deserialize_map(Fields)
-    }
-}
-
 impl Decoder {
     pub fn new(format: &Format) -> Self {
         let kind = match format {
@@ -93,8 +69,12 @@ impl Decoder {
         let text = std::str::from_utf8(payload)
             .map_err(|error| refuse(format!("not UTF-8 at byte {}", error.valid_up_to())))?;
         if self.is_json() {
-            let checked: Result<AnyObject, _> = serde_json::from_str(text);
-            checked.map_err(|error| refuse(format!("not a JSON object: {error}")))?;
+            // Looked at for its form only.
+            let value: &RawValue =
+                serde_json::from_str(text).map_err(|error| refuse(format!("not JSON: {error}")))?;
+            if !value.get().starts_with('{') {
+                return Err(refuse("not a JSON object, but another value".to_owned()));
+            }
         }
         Ok(Cow::Borrowed(text))
     }
@@ -110,7 +90,7 @@ mod tests {
         assert_eq!(json.decode(b" {\"a\": [1, {\"b\": null}]} ").unwrap(), " {\"a\": [1, {\"b\": null}]} ");
         for (payload, reason) in [
             (&b"{\"a\": 1"[..], "EOF while parsing"),
-            (b"[1]", "invalid type: sequence"),
+            (b"[1]", "not a JSON object"),
             (b"", "EOF"),
             (b"{} x", "trailing characters"),
             (b"{\"a\": \"\xff\"}", "not UTF-8 at byte 7"),

@@ -28,6 +28,9 @@ use crate::source::InputNames;
 /// How long a question about offsets may take.
 pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A full queue is looked at again soon: after the default of a second it is long empty.
+pub const FETCH_QUEUE_BACKOFF: (&str, &str) = ("fetch.queue.backoff.ms", "5");
+
 /// The most events that one call of [`Group::attend`] takes.
 const MAX_ATTENDED: usize = 100_000;
 
@@ -71,8 +74,7 @@ impl Group {
         let mut config = cluster.client(&[
             ("partition.assignment.strategy", "cooperative-sticky"),
             ("queued.max.messages.kbytes", "8192"),
-            // A full queue is looked at again soon: after the default of a second it is long empty.
-            ("fetch.queue.backoff.ms", "5"),
+            FETCH_QUEUE_BACKOFF,
             ("statistics.interval.ms", "1000"),
             ("session.timeout.ms", "10000"),
         ]);

@@ -6,19 +6,11 @@ use serde_json::json;
 
 use super::tests::{at, lines, parts, rows, scratch};
 use super::*;
+use crate::random::Random;
 use crate::source::Position;
 
 const NUM_SEEDS: u64 = 200;
 const NUM_RUNS: usize = 10;
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) % n
-    }
-}
 
 /// What a reader must see.
 #[derive(Default)]

@@ -16,6 +16,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 use tidemill_connectors::kafka::config::Cluster;
+use tidemill_connectors::kafka::group::FETCH_QUEUE_BACKOFF;
 use tidemill_connectors::kafka::stats::KafkaStats;
 use tidemill_connectors::kafka::tools::{self, Record};
 
@@ -27,8 +28,6 @@ use crate::spec::Definition;
 use crate::summary::thousands;
 
 const NUM_PARTITIONS: i32 = 4;
-/// How long the client stops reading when it has enough; by default a second.
-const TUNED: [(&str, &str); 1] = [("fetch.queue.backoff.ms", "5")];
 /// Records of a size until they take about this much.
 const MAX_BYTES: usize = 100 << 20;
 
@@ -76,8 +75,8 @@ struct SizeReport {
 
 pub(super) fn measure(args: &ConnectorsArgs) -> Result<ConnectorsReport, BenchError> {
     let cluster = Cluster { brokers: args.brokers.clone(), ..Cluster::default() };
-    let tuned =
-        Cluster { options: TUNED.map(|(key, value)| (key.into(), value.into())).into(), ..cluster.clone() };
+    let (option, value) = FETCH_QUEUE_BACKOFF;
+    let tuned = Cluster { options: [(option.to_owned(), value.to_owned())].into(), ..cluster.clone() };
     let clock = Clock::start();
     // Topics of an earlier run must not be in the way.
     let run_id = std::process::id();

@@ -3,6 +3,7 @@
 use super::avro::AvroSchema;
 use super::protobuf::ProtobufSchema;
 use super::{Registered, split};
+use crate::random::Random;
 
 const ROUNDS: u64 = 20_000;
 
@@ -20,23 +21,10 @@ const PROTOBUF: &str = r#"syntax = "proto3"; import "google/protobuf/struct.prot
 const PROTOBUF_VALUE: &[u8] =
     b"\0\x08\x07\x12\x08\0\0\0\0\0\0\xf0\x3f\x1a\x07\x0a\x01k\x12\x02\x08\x01\x22\x02\xff\xfe\x32\x03Ada";
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((mixed ^ (mixed >> 31)) % bound as u64) as usize
-    }
-}
-
 fn damage(value: &[u8], random: &mut Random) -> Vec<u8> {
     let mut value = value.to_vec();
     for _ in 0..=random.below(4) {
-        let at = random.below(value.len());
+        let at = random.below(value.len() as u64) as usize;
         match random.below(4) {
             0 => value[at] = random.below(256) as u8,
             1 => value.insert(at, random.below(256) as u8),
