@@ -19,7 +19,7 @@ use crate::sink::{Part, Sink, SinkError, sync_folder};
 const MAX_ROW_GROUP_ROWS: usize = 65_536;
 
 /// Encoded bytes a row group holds at most, since it waits in memory until it is whole.
-const MAX_ROW_GROUP_BYTES: usize = 128 << 20;
+const MAX_ROW_GROUP_BYTES: usize = 32 << 20;
 
 /// Writes `part-00000.parquet` and so on.
 pub struct ParquetSink {
