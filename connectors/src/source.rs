@@ -187,6 +187,9 @@ pub trait Source: Send {
         Ok(self.next_batch()?.map_or(Read::End, Read::Batch))
     }
 
+    /// How many rows the next batches may have, within the limits of the source: more, the faster they are taken.
+    fn set_batch_rows(&mut self, _max_rows: usize) {}
+
     /// Called instead of [`read`](Self::read) again and again while nobody takes rows, which is for `held_back` now.
     fn hold_back(&mut self, _held_back: Duration) -> Result<(), SourceError> {
         Ok(())

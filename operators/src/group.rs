@@ -32,21 +32,28 @@ use window::WindowLimits;
 
 /// How many prompts each engine has, and how many it wants.
 ///
-/// `group` is the only one to raise a count, the engine's thread the only one to lower it.
+/// `group` is the only one to raise a count, the engine's thread the only one to lower it. An engine is handed many
+/// prompts at a time: it asks when it has become short of them, and is then filled up.
 #[derive(Debug)]
 pub struct Demand {
     /// `[num_engines]`
     outstanding: Vec<AtomicUsize>,
     target: usize,
+    /// An engine with no more prompts than this asks for others.
+    short: usize,
     group: OnceLock<SyncActivator>,
 }
 
 impl Demand {
-    /// Each engine is handed prompts until it has `target` of them.
-    pub fn new(num_engines: usize, target: usize) -> Self {
-        assert!(target > 0);
+    /// Each engine is handed prompts until it has `target` of them, whenever it has no more than `short`.
+    pub fn new(num_engines: usize, target: usize, short: usize) -> Self {
+        assert!(short < target);
         let outstanding = (0..num_engines).map(|_| AtomicUsize::new(0)).collect();
-        Self { outstanding, target, group: OnceLock::new() }
+        Self { outstanding, target, short, group: OnceLock::new() }
+    }
+
+    fn is_short(&self, engine: usize) -> bool {
+        self.outstanding[engine].load(Ordering::Acquire) <= self.short
     }
 
     pub(crate) fn take(&self, engine: usize) -> bool {
@@ -57,14 +64,11 @@ impl Demand {
         true
     }
 
-    fn give_back(&self, engine: usize) {
+    /// A prompt of this engine is finished. Whether it is short of them now, which [`wake`](Self::wake) tells.
+    pub fn finished(&self, engine: usize) -> bool {
         let before = self.outstanding[engine].fetch_sub(1, Ordering::AcqRel);
         assert!(before > 0, "more prompts finished than were handed out");
-    }
-
-    /// A prompt of this engine is finished: there is room for another, which [`wake`](Self::wake) tells.
-    pub fn finished(&self, engine: usize) {
-        self.give_back(engine);
+        before - 1 <= self.short
     }
 
     /// Tells whoever hands out prompts that there is room.
@@ -127,17 +131,17 @@ impl<'scope> Group<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     Counters::add(&counters.distinct_tokens, distinct.estimate().saturating_sub(before));
                 });
                 let mut leaving: BTreeMap<Epoch, Vec<Prompt>> = BTreeMap::new();
-                for engine in 0..num_engines {
+                for engine in (0..num_engines).filter(|&engine| demand.is_short(engine)) {
                     while !window.is_empty() && demand.take(engine) {
                         let next = window.next_for(engine, |tenant| tenants.may_run(tenant));
                         let Some(((epoch, arrived, mut prompt), shared)) = next else {
-                            demand.give_back(engine);
+                            demand.finished(engine);
                             break;
                         };
                         // An entry without prompts is one whose documents were dropped.
                         let leaving = leaving.entry(epoch).or_default();
                         if prompt.document.lease().is_revoked() {
-                            demand.give_back(engine);
+                            demand.finished(engine);
                             tenants.dropped(&prompt.tenant);
                         } else {
                             tenants.handed_out(&prompt.tenant, prompt.cost(), arrived);

@@ -181,6 +181,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     arrived.extend(prompts.drain(..).map(|prompt| (epoch, prompt)));
                 });
                 arrived.sort_unstable_by_key(|(_, prompt)| prompt.place);
+                let mut works: BTreeMap<u32, Vec<Work>> = BTreeMap::new();
                 for (epoch, prompt) in arrived.drain(..) {
                     let lease = prompt.document.lease().clone();
                     let tracing = context.tracing.as_ref();
@@ -188,7 +189,7 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                     let (engine, tokens) = (prompt.engine, prompt.cost());
                     let (tenant, document) = (prompt.tenant, prompt.document);
                     let tag = open.insert(OpenDocument { epoch, tenant, tokens, document });
-                    engines[engine as usize].submit(Work {
+                    works.entry(engine).or_default().push(Work {
                         tag,
                         key: prompt.key,
                         token_ids: prompt.token_ids,
@@ -203,6 +204,9 @@ impl<'scope> Infer<'scope> for StreamVec<'scope, Epoch, Prompt> {
                         demand: Arc::clone(&demand),
                         engine,
                     });
+                }
+                for (engine, works) in works {
+                    engines[engine as usize].submit(works);
                 }
                 let replies = mailbox.take();
                 if replies.is_empty() {

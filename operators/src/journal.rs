@@ -76,8 +76,12 @@ impl JournalKey {
         hasher.update(&sampling.top_k.to_le_bytes());
         hasher.update(&sampling.seed.to_le_bytes());
         hasher.update(&[u8::from(sampling.ignore_eos)]);
-        for token_id in token_ids {
-            hasher.update(&token_id.to_le_bytes());
+        let mut bytes = [0; 4 * 64];
+        for token_ids in token_ids.chunks(64) {
+            for (to, token_id) in bytes.chunks_exact_mut(4).zip(token_ids) {
+                to.copy_from_slice(&token_id.to_le_bytes());
+            }
+            hasher.update(&bytes[..4 * token_ids.len()]);
         }
         Self(*hasher.finalize().as_bytes())
     }

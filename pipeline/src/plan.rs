@@ -44,6 +44,8 @@ const DEFAULT_CREDIT_BYTES: u64 = 256 << 20;
 ///
 /// An epoch is written when all its documents are done, so large batches make results come late.
 const MAX_BATCH_ROWS: u64 = 64;
+/// Of a topic, where a batch is also no more than what is written in a moment.
+const MAX_TOPIC_ROWS: u64 = 1024;
 const DEFAULT_KV_CACHE_MEMORY: u64 = 192 << 20;
 const DEFAULT_PAGE_SIZE: u32 = 64;
 const DEFAULT_MAX_NUM_SEQS: u32 = 32;
@@ -347,11 +349,13 @@ fn source(definition: &Definition, credit: &CreditPlan) -> Result<(Input, Option
         max_rows: MAX_BATCH_ROWS.min(credit.documents.div_ceil(4)) as usize,
         max_bytes: (credit.bytes / 4).max(1) as usize,
     };
+    let topic_rows = MAX_TOPIC_ROWS.min(credit.documents / 8) as usize;
+    let of_topics = BatchLimits { max_rows: topic_rows.max(limits.max_rows), ..limits };
     let (kind, files) = match &definition.spec.source {
         SourceSpec::Parquet(files) => ("parquet", files),
         SourceSpec::Jsonl(files) => ("jsonl", files),
         SourceSpec::Kafka(topics) => {
-            let source = kafka::source(definition, topics, limits)?;
+            let source = kafka::source(definition, topics, of_topics)?;
             return Ok((Input::Topics(Box::new(source)), None));
         }
     };

@@ -120,6 +120,8 @@ pub fn render<'scope>(
     output: Option<SinkThread>,
 ) -> ProbeHandle<Epoch> {
     let (handle, written) = scope.feedback::<Vec<()>>(1);
+    // Only the first worker groups, and only it has the input.
+    let is_stream = input.as_ref().is_some_and(SourceThread::is_stream);
     let batches = source::read(written, input, shared);
     let dealt = DistributorPact(|_| RoundRobin::default());
     let rows = batches.unary::<timely::container::CapacityContainerBuilder<Vec<_>>, _, _, _>(
@@ -148,6 +150,7 @@ pub fn render<'scope>(
             shared.failure.clone(),
         );
         let limits = WindowLimits::new(shared.credit.documents as usize, shared.credit.bytes);
+        let limits = if is_stream { limits.of_stream() } else { limits };
         let grouped = prompts.group(Arc::clone(demand), limits, Arc::clone(&shared.work));
         let inferred = grouped.infer(step, engines.to_vec(), Arc::clone(demand), Arc::clone(&shared.work));
         documents = scope.concatenate([answered, inferred]);

@@ -265,7 +265,7 @@ impl Pipeline {
         let name = names_progress.then(|| plan.name.clone());
         let start_progress = || Progress::start(name, Arc::clone(&shared.counters), total, clock);
         let progress = options.progress.then(start_progress).transpose()?;
-        execute(&plan, &shared, Ends { lent, source, sink }, options.num_workers)?;
+        execute(&plan, &shared, Ends { lent, source, sink }, options.num_workers, clock)?;
         drop(progress);
         if let Some(tracer) = tracer {
             tracer.finish();
@@ -294,6 +294,8 @@ fn share(
         Some(_) => max_num_seqs + max_num_seqs.div_ceil(TENANTS_QUEUE_DIVISOR),
         None => max_num_seqs * QUEUE_FACTOR,
     };
+    // Half of the queue at a time: fewer messages, larger steps, and never a step with a place left empty.
+    let short = target - ((target - max_num_seqs) / 2).max(1);
     let policy = plan.tenants.clone().unwrap_or_default();
     let tenants = Arc::new(Tenants::new(policy, move || clock.elapsed()));
     let counters = Arc::new(Counters::default());
@@ -318,7 +320,7 @@ fn share(
         demands: plan
             .steps
             .iter()
-            .map(|_| Arc::new(Demand::new(plan.devices.num_engines(), target)))
+            .map(|_| Arc::new(Demand::new(plan.devices.num_engines(), target, short)))
             .collect(),
         credit: plan.credit,
         loads: lent.handles.iter().map(|engine| Arc::clone(engine.load())).collect(),
@@ -355,10 +357,16 @@ struct WorkerPart {
 }
 
 /// Runs the dataflow on all workers until it is done or stopped.
-fn execute(plan: &Plan, shared: &Shared, ends: Ends, num_workers: usize) -> Result<(), RunError> {
+fn execute(
+    plan: &Plan,
+    shared: &Shared,
+    ends: Ends,
+    num_workers: usize,
+    clock: Clock,
+) -> Result<(), RunError> {
     let reading: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
     let Ends { lent: Lent { handles, text }, source, sink } = ends;
-    let mut first = Some((SourceThread::new(source, Arc::clone(&reading)), sink));
+    let mut first = Some((SourceThread::new(source, Arc::clone(&reading), clock), sink));
     let parts: Vec<Mutex<Option<WorkerPart>>> = (0..num_workers)
         .map(|_| Mutex::new(Some(WorkerPart { engines: handles.clone(), ends: first.take() })))
         .collect();

@@ -62,6 +62,7 @@ pub enum Topics {
 pub struct KafkaSource {
     spec: KafkaSourceSpec,
     limits: BatchLimits,
+    batch_rows: usize,
     decoder: Decoder,
     schema: SchemaRef,
     group: SharedGroup,
@@ -108,6 +109,7 @@ impl KafkaSource {
         Ok(Self {
             schema: kafka_schema(decoder.is_json()),
             spec,
+            batch_rows: limits.max_rows,
             limits: limits.check(),
             decoder,
             group: Arc::new(group),
@@ -368,11 +370,11 @@ impl KafkaSource {
         let chunk = chunks.entry(partition).or_insert_with(|| Chunk {
             revoked: assigned.revoked,
             input: assigned.input,
-            rows: RowsBuilder::new(Arc::clone(&self.schema), self.limits.max_rows),
+            rows: RowsBuilder::new(Arc::clone(&self.schema), self.batch_rows),
         });
         *num_bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
         chunk.rows.push(message, decoded);
-        Ok(Some(chunk.rows.len() >= self.limits.max_rows || *num_bytes >= self.limits.max_bytes))
+        Ok(Some(chunk.rows.len() >= self.batch_rows || *num_bytes >= self.limits.max_bytes))
     }
 
     /// A partition of this number was read to its end. The client does not say of which topic; where that is open,
@@ -493,6 +495,10 @@ impl Source for KafkaSource {
             self.idle += MAX_WAIT;
         }
         Ok(if self.is_at_end()? { Read::End } else { Read::Idle })
+    }
+
+    fn set_batch_rows(&mut self, max_rows: usize) {
+        self.batch_rows = max_rows.clamp(1, self.limits.max_rows);
     }
 
     fn hold_back(&mut self, held_back: Duration) -> Result<(), SourceError> {

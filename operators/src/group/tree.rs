@@ -87,6 +87,12 @@ impl<V> Tree<V> {
         self.node(ROOT).num_prompts as usize
     }
 
+    /// The prompts that end at a node.
+    pub fn token_ids(&self, at: NodeId) -> &[u32] {
+        let node = self.node(at);
+        &node.token_ids[..node.end]
+    }
+
     pub fn insert(&mut self, token_ids: &Arc<[u32]>, value: V) -> NodeId {
         self.num_inserted += 1;
         let mut at = ROOT;

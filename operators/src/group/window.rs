@@ -5,13 +5,19 @@
 //! by the source's credit. Age counts prompts that have left since: one that has seen `max_age` of them leave is
 //! served next, and the engine goes on from there, so that small groups do not starve beside large ones.
 //!
+//! A stream is written in its order, so who is served early there only waits longer to be written, and holds what came
+//! with it. Its prompts leave in order of arrival, but for a prefix of some length that an engine has just computed.
+//!
 //! Invariant: a prompt that is in the tree leaves before `max_age + max_prompts` others have.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use super::tree::{NodeId, Tree};
+use super::tree::{NodeId, Tree, common_len};
 use crate::infer::sequence::SharedPrefix;
+
+/// What a prefix must save, in tokens, to be worth waiting for.
+const MIN_SHARED: usize = 16;
 
 /// The bounds of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,12 +27,20 @@ pub struct WindowLimits {
     pub max_bytes: u64,
     /// Counted in prompts that leave. Below `max_prompts` it would cut groups that all arrived together.
     pub max_age: u64,
+    /// The oldest prompt is next, unless another shares so many more tokens with the one before it; 0 leaves the order
+    /// to the tree alone.
+    pub min_shared: usize,
 }
 
 impl WindowLimits {
     /// Prompts that arrive together are all served by then; those that are passed over wait two windows.
     pub fn new(max_prompts: usize, max_bytes: u64) -> Self {
-        Self { max_prompts, max_bytes, max_age: 2 * max_prompts as u64 }
+        Self { max_prompts, max_bytes, max_age: 2 * max_prompts as u64, min_shared: 0 }
+    }
+
+    /// For a stream: prompts are overtaken for a worthwhile prefix only.
+    pub fn of_stream(self) -> Self {
+        Self { min_shared: MIN_SHARED, ..self }
     }
 }
 
@@ -38,6 +52,8 @@ pub struct Window<V> {
     /// By arrival: where it is, and how many had left when it came.
     ages: BTreeMap<u64, (NodeId, u64)>,
     outside: VecDeque<(Arc<[u32]>, V)>,
+    /// The last prompt of each engine, for streams.
+    last: Vec<Arc<[u32]>>,
     bytes: u64,
     num_arrived: u64,
     num_left: u64,
@@ -58,6 +74,7 @@ impl<V> Window<V> {
             tree: Tree::new(num_engines),
             ages: BTreeMap::new(),
             outside: VecDeque::new(),
+            last: vec![Arc::default(); num_engines],
             bytes: 0,
             num_arrived: 0,
             num_left: 0,
@@ -85,8 +102,15 @@ impl<V> Window<V> {
                 self.tree.move_to(engine, node);
                 node
             }
-            None => self.tree.next_for(engine)?,
+            None => {
+                let nearest = self.tree.next_for(engine)?;
+                let first = self.first_for(engine, nearest);
+                first.inspect(|&node| self.tree.move_to(engine, node)).unwrap_or(nearest)
+            }
         };
+        if self.limits.min_shared > 0 {
+            self.last[engine] = self.tree.token_ids(at).into();
+        }
         let (entry, shared) = self.tree.take(at);
         self.ages.remove(&entry.arrival);
         self.bytes -= entry.bytes;
@@ -98,6 +122,20 @@ impl<V> Window<V> {
     fn overdue(&self) -> Option<NodeId> {
         let (_, &(node, num_left)) = self.ages.first_key_value()?;
         (self.num_left - num_left >= self.limits.max_age).then_some(node)
+    }
+
+    /// Of a stream the oldest prompt, unless `nearest` or another engine saves more by what was served last.
+    fn first_for(&self, engine: usize, nearest: NodeId) -> Option<NodeId> {
+        let min_shared = self.limits.min_shared;
+        let (_, &(oldest, _)) = self.ages.first_key_value()?;
+        if min_shared == 0 || oldest == nearest {
+            return None;
+        }
+        let shared = |engine: usize, node: NodeId| common_len(&self.last[engine], self.tree.token_ids(node));
+        let saved = shared(engine, oldest);
+        let is_others = |other: usize| other != engine && shared(other, oldest) >= saved + min_shared;
+        let is_next = shared(engine, nearest) < saved + min_shared && !(0..self.last.len()).any(is_others);
+        is_next.then_some(oldest)
     }
 
     /// Lets in what the bounds allow; one prompt always.

@@ -94,16 +94,17 @@ impl Mailbox {
 /// The operators' end of a runner.
 #[derive(Clone)]
 pub struct EngineHandle {
-    work: Sender<Work>,
+    /// Together what is there together: a message of its own for each work would wake the engine for each.
+    work: Sender<Vec<Work>>,
     failure: Failure,
     load: Arc<EngineLoad>,
     figures: Arc<EngineFigures>,
 }
 
 impl EngineHandle {
-    /// Queues a prompt. After a failure or a stop it is dropped: nobody waits for the answer then.
-    pub fn submit(&self, work: Work) {
-        let _ = self.work.send(work);
+    /// Queues prompts. After a failure or a stop they are dropped: nobody waits for the answers then.
+    pub fn submit(&self, works: Vec<Work>) {
+        let _ = self.work.send(works);
     }
 
     /// What breaks the engine, and so all that use it.
@@ -229,7 +230,7 @@ struct Driver {
     open_tokens: u64,
     load: Arc<EngineLoad>,
     next_id: u64,
-    done: Sender<Answer>,
+    done: Sender<Vec<Answer>>,
     /// Demands that have room again and were not told yet.
     freed: Vec<Arc<Demand>>,
 }
@@ -243,16 +244,16 @@ enum WorkError {
 }
 
 impl Driver {
-    fn run(&mut self, queue: &Receiver<Work>) -> Result<(), StepError> {
+    fn run(&mut self, queue: &Receiver<Vec<Work>>) -> Result<(), StepError> {
         loop {
             if !self.engine.has_work() {
                 match queue.recv() {
-                    Ok(work) => self.submit(work),
+                    Ok(works) => works.into_iter().for_each(|work| self.submit(work)),
                     Err(_) => return Ok(()),
                 }
             }
-            while let Ok(work) = queue.try_recv() {
-                self.submit(work);
+            while let Ok(works) = queue.try_recv() {
+                works.into_iter().for_each(|work| self.submit(work));
             }
             if self.failure.is_reported() {
                 return Ok(());
@@ -262,10 +263,13 @@ impl Driver {
             let finished = self.engine.step()?;
             self.watcher.stepped(&self.engine, &finished);
             self.count();
-            for finished in finished {
-                self.finish(finished);
-            }
+            let answers: Vec<Answer> =
+                finished.into_iter().filter_map(|finished| self.finish(finished)).collect();
             self.make_room();
+            if !answers.is_empty() {
+                // The journal's thread ends only after this one, or on a failure that is reported already.
+                let _ = self.done.send(answers);
+            }
             self.load.update(&self.engine, self.open_tokens);
         }
     }
@@ -284,8 +288,9 @@ impl Driver {
             assert!(is_known, "an open work is not in the engine");
             self.watcher.canceled(id);
             self.open_tokens -= work.max_len();
-            work.demand.finished(work.engine as usize);
-            self.freed.push(work.demand);
+            if work.demand.finished(work.engine as usize) {
+                self.freed.push(work.demand);
+            }
             // Without a reply an epoch never closes: what a pipeline that is over leaves undone must not look done.
             if work.lease.is_revoked() {
                 work.reply.put([(work.tag, Reply::Canceled)]);
@@ -357,13 +362,17 @@ impl Driver {
         }
     }
 
-    fn finish(&mut self, finished: Finished) {
+    /// The answer; `None` if it cannot be decoded, which is a failure of its pipeline.
+    fn finish(&mut self, finished: Finished) -> Option<Answer> {
         let work = self.open.remove(&finished.id).expect("the engine answers what it was asked");
         self.watcher.finished(&finished, &work);
         self.open_tokens -= work.max_len();
         let text = match self.text.tokenizer.decode(&finished.token_ids) {
             Ok(text) => text,
-            Err(error) => return work.context.failure.fail(&WorkError::from(error)),
+            Err(error) => {
+                work.context.failure.fail(&WorkError::from(error));
+                return None;
+            }
         };
         let generated = Generated {
             text,
@@ -373,10 +382,10 @@ impl Driver {
         };
         let Work { tag, key, context, reply, demand, engine, .. } = work;
         // The next prompt is asked for before this answer is durable: the engine does not wait for the journal.
-        demand.finished(engine as usize);
-        self.freed.push(demand);
-        // The journal's thread ends only after this one, or on a failure that is reported already.
-        let _ = self.done.send(Answer { tag, key, generated, context, reply });
+        if demand.finished(engine as usize) {
+            self.freed.push(demand);
+        }
+        Some(Answer { tag, key, generated, context, reply })
     }
 }
 
@@ -385,14 +394,14 @@ const MANY_ANSWERS: usize = 32;
 const GATHER: Duration = Duration::from_millis(2);
 
 /// Writes answers as they come, each to the journal of its pipeline; those that came during one write share the next.
-fn write_journals(answers: &Receiver<Answer>) {
+fn write_journals(answers: &Receiver<Vec<Answer>>) {
     let mut num_last = 0;
     while let Ok(first) = answers.recv() {
         if num_last >= MANY_ANSWERS {
             std::thread::sleep(GATHER);
         }
-        let mut rest = vec![first];
-        rest.extend(answers.try_iter());
+        let mut rest = first;
+        rest.extend(answers.try_iter().flatten());
         num_last = rest.len();
         while let Some(context) = rest.first().map(|answer| Arc::clone(&answer.context)) {
             let mut batch: Vec<Answer> =

@@ -125,6 +125,8 @@ pub struct Sequence {
     pub computed_len: usize,
     /// Page table.
     pub pages: Vec<PageId>,
+    /// How long it may become; set when the sequence is admitted.
+    pub max_pages: usize,
     /// Leading pages held by the prefix cache.
     pub num_shared_pages: usize,
     /// Until the step that copies it is done.
@@ -156,6 +158,7 @@ impl Sequence {
             sampling: request.sampling,
             computed_len: 0,
             pages: Vec::new(),
+            max_pages: 0,
             num_shared_pages: 0,
             copy: None,
             copied_end: 0,

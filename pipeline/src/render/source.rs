@@ -19,11 +19,13 @@ use tidemill_operators::in_flight::TokensInFlight;
 use tidemill_operators::infer::load::EngineLoad;
 use timely::container::NoopBuilder;
 use timely::dataflow::channels::pact::Pipeline;
-use timely::dataflow::operators::Operator;
+use timely::dataflow::operators::generic::OutputBuilder;
+use timely::dataflow::operators::generic::builder_rc::OperatorBuilder;
 use timely::dataflow::{Stream, StreamVec};
 use timely::scheduling::SyncActivator;
 
 use super::{EpochEnd, Shared};
+use crate::clock::Clock;
 use crate::plan::CreditPlan;
 
 /// Without a credit in tokens, so many fillings of the KV cache may be in flight, and as many of what is free of it: a
@@ -33,17 +35,32 @@ const KV_FILLINGS: u64 = 64;
 const MAX_UNRENDERED: usize = 2;
 /// Batches that wait outside the dataflow.
 const MAX_BATCHES_AHEAD: usize = 4;
+/// A batch of a stream is what is written in this time, as far as the source has so much: large enough to cost little
+/// for each row, and small enough to be committed soon however slow the model is.
+const BATCH_TIME: Duration = Duration::from_millis(20);
+/// A slow pipeline's batches have so many rows, so that prefixes meet.
+const MIN_BATCH_ROWS: usize = 64;
 
 /// A source that is ready to be read.
 pub struct SourceThread {
     source: Box<dyn Source>,
     threads: Arc<std::sync::Mutex<Vec<JoinHandle<()>>>>,
+    clock: Clock,
 }
 
 impl SourceThread {
     /// `threads` gets the reading thread once it runs.
-    pub fn new(source: Box<dyn Source>, threads: Arc<std::sync::Mutex<Vec<JoinHandle<()>>>>) -> Self {
-        Self { source, threads }
+    pub fn new(
+        source: Box<dyn Source>,
+        threads: Arc<std::sync::Mutex<Vec<JoinHandle<()>>>>,
+        clock: Clock,
+    ) -> Self {
+        Self { source, threads, clock }
+    }
+
+    /// Whether rows come for as long as somebody writes them.
+    pub fn is_stream(&self) -> bool {
+        self.source.num_rows().is_none()
     }
 
     fn start(mut self, shared: &Shared, operator: SyncActivator) -> Receiver<SourceBatch> {
@@ -52,7 +69,9 @@ impl SourceThread {
         let reported = failure.clone();
         let thread = std::thread::Builder::new().name("source".to_owned()).spawn(move || {
             let _watch = failure.watch("source");
-            if let Err(error) = pump(self.source.as_mut(), &batches, &operator, &shared) {
+            if let Err(error) =
+                pump(self.source.as_mut(), &batches, &operator, &shared, Pace::new(self.clock))
+            {
                 failure.fail(&error);
             }
             drop(batches);
@@ -77,8 +96,10 @@ fn pump(
     batches: &Sender<SourceBatch>,
     operator: &SyncActivator,
     shared: &Shared,
+    mut pace: Pace,
 ) -> Result<(), SourceError> {
     while !shared.should_stop() {
+        source.set_batch_rows(pace.batch_rows(Counters::get(&shared.counters.documents_done)));
         let mut batch = match source.read()? {
             Read::Batch(batch) => batch,
             Read::Idle => continue,
@@ -99,6 +120,35 @@ fn pump(
         let _ = operator.activate();
     }
     Ok(())
+}
+
+/// How fast documents are written, looked at from time to time.
+#[derive(Debug)]
+struct Pace {
+    clock: Clock,
+    since: Duration,
+    done_before: u64,
+    batch_rows: usize,
+}
+
+impl Pace {
+    /// Between two looks.
+    const INTERVAL: Duration = Duration::from_millis(200);
+
+    fn new(clock: Clock) -> Self {
+        Self { clock, since: clock.elapsed(), done_before: 0, batch_rows: MIN_BATCH_ROWS }
+    }
+
+    /// How many rows a batch should have when so many are done.
+    fn batch_rows(&mut self, done: u64) -> usize {
+        let passed = self.clock.elapsed() - self.since;
+        if passed >= Self::INTERVAL {
+            let rate = (done - self.done_before) as f64 / passed.as_secs_f64();
+            self.batch_rows = ((rate * BATCH_TIME.as_secs_f64()) as usize).max(MIN_BATCH_ROWS);
+            (self.since, self.done_before) = (self.since + passed, done);
+        }
+        self.batch_rows
+    }
 }
 
 /// Counts what is in flight against the credit.
@@ -168,6 +218,9 @@ impl Gate {
 }
 
 /// The source operator; `written` is the feedback of the sink.
+///
+/// What is written decides when a batch is let in and never at which time, so the feedback is not connected to the
+/// output: else an epoch that waits to be written would keep all later ones open.
 pub fn read<'scope>(
     written: StreamVec<'scope, Epoch, ()>,
     input: Option<SourceThread>,
@@ -175,7 +228,13 @@ pub fn read<'scope>(
 ) -> Stream<'scope, Epoch, Batch> {
     let shared = shared.clone();
     let worker = written.scope().worker();
-    written.unary_frontier::<NoopBuilder<Batch>, _, _, _>(Pipeline, "Source", move |capability, info| {
+    let mut operator = OperatorBuilder::new("Source".to_owned(), written.scope());
+    let mut written = operator.new_input(written, Pipeline);
+    let (output, batches) = operator.new_output_connection([]);
+    let mut output = OutputBuilder::<Epoch, NoopBuilder<Batch>>::from(output);
+    let info = operator.operator_info();
+    operator.build(move |mut capabilities| {
+        let capability = capabilities.pop().expect("one for the output");
         let activator = worker.sync_activator_for(info.address.to_vec());
         let queue = input.map(|input| {
             shared.work.tokens.wake(activator.clone());
@@ -186,11 +245,12 @@ pub fn read<'scope>(
         let mut waiting: Option<SourceBatch> = None;
         let mut gate =
             Gate::new(shared.credit, Arc::clone(&shared.work.tokens), shared.loads.clone(), worker.peers());
-        move |(input, frontier), output| {
-            input.for_each(|_, _| {});
+        move |frontiers| {
+            written.for_each(|_, _| {});
+            let mut output = output.activate();
             let (Some(queue), Some(open)) = (&queue, capability.as_mut()) else { return };
             // The feedback adds one to every time.
-            gate.leave(|epoch| !frontier.frontier().less_equal(&(epoch + 1)));
+            gate.leave(|epoch| !frontiers[0].less_equal(&(epoch + 1)));
             loop {
                 if waiting.is_none() {
                     waiting = match queue.try_recv() {
@@ -224,7 +284,8 @@ pub fn read<'scope>(
             }
             shared.counters.observe_in_flight(gate.documents());
         }
-    })
+    });
+    batches
 }
 
 /// A batch of the connector as a batch of the dataflow.

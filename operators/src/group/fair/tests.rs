@@ -2,7 +2,7 @@ use super::*;
 use crate::infer::page_pool::fuzz::Random;
 
 const NO_LIMITS: WindowLimits =
-    WindowLimits { max_prompts: usize::MAX, max_bytes: u64::MAX, max_age: u64::MAX };
+    WindowLimits { max_prompts: usize::MAX, max_bytes: u64::MAX, max_age: u64::MAX, min_shared: 0 };
 /// Of the simulated engine: sequences that run, and those it is handed.
 const NUM_SLOTS: usize = 8;
 const TARGET: usize = 10;

@@ -3,7 +3,7 @@ use crate::group::distinct::distinct_tokens;
 use crate::infer::page_pool::fuzz::Random;
 
 const NO_LIMITS: WindowLimits =
-    WindowLimits { max_prompts: usize::MAX, max_bytes: u64::MAX, max_age: u64::MAX };
+    WindowLimits { max_prompts: usize::MAX, max_bytes: u64::MAX, max_age: u64::MAX, min_shared: 0 };
 
 fn prompt(parts: &[(u32, usize)]) -> Arc<[u32]> {
     parts.iter().flat_map(|&(token, len)| std::iter::repeat_n(token, len)).collect()
@@ -45,6 +45,27 @@ fn what_arrives_later_joins_the_prefix_that_is_served() {
 }
 
 #[test]
+fn a_stream_keeps_its_order_but_for_a_long_prefix() {
+    let mut window = Window::new(1, NO_LIMITS.of_stream());
+    // A prefix of all, one of two, and a short one of two others.
+    let tails =
+        [[(1, 5), (5, 40)], [(2, 25), (6, 9)], [(3, 60), (7, 2)], [(2, 25), (8, 90)], [(1, 5), (9, 9)]];
+    for (index, [shared, own]) in tails.into_iter().enumerate() {
+        window.insert(prompt(&[(100, 300), shared, own]), index);
+    }
+    assert_eq!(drain(&mut window), [0, 1, 3, 2, 4]);
+    // The first one's prefix is another engine's: it is left to that one.
+    let mut window = Window::new(2, NO_LIMITS.of_stream());
+    window.insert(prompt(&[(1, 200), (2, 5)]), 0);
+    assert_eq!(window.next_for(1).map(|(index, _)| index), Some(0));
+    for (index, parts) in [[(1, 200), (3, 5)], [(4, 900), (5, 5)]].iter().enumerate() {
+        window.insert(prompt(parts), index + 1);
+    }
+    assert_eq!(window.next_for(0).map(|(index, _)| index), Some(2));
+    assert_eq!(window.next_for(1).map(|(index, _)| index), Some(1));
+}
+
+#[test]
 fn engines_go_apart_and_join_where_it_pays() {
     let mut window = Window::new(2, NO_LIMITS);
     for token in 0..8 {
@@ -67,7 +88,7 @@ fn engines_go_apart_and_join_where_it_pays() {
 
 #[test]
 fn bounds_hold_and_one_prompt_always_fits() {
-    let limits = WindowLimits { max_prompts: 3, max_bytes: 4 * 100, max_age: 6 };
+    let limits = WindowLimits { max_prompts: 3, max_bytes: 4 * 100, max_age: 6, min_shared: 0 };
     let mut window = Window::new(1, limits);
     for len in [40, 40, 40, 10, 10, 10, 200, 1] {
         window.insert(prompt(&[(len, len as usize)]), len);

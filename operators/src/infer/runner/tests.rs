@@ -68,7 +68,7 @@ fn key(tag: u64) -> JournalKey {
 }
 
 fn work(tag: u64, context: &Arc<WorkContext>, reply: &Arc<Mailbox>) -> Work {
-    let demand = Arc::new(Demand::new(1, 1));
+    let demand = Arc::new(Demand::new(1, 1, 0));
     assert!(demand.take(0));
     Work {
         tag,
@@ -109,7 +109,7 @@ fn each_pipeline_has_its_own_counts_and_journal() {
         let journals = [journal("a.redb"), journal("b.redb")];
         let contexts = journals.clone().map(|journal| context(&handle, &everyone, Some(journal)));
         for tag in 0..20 {
-            handle.submit(work(tag, &contexts[usize::from(tag >= 5)], mailbox));
+            handle.submit(vec![work(tag, &contexts[usize::from(tag >= 5)], mailbox)]);
         }
         drop(handle);
         let stats = runner.join();
@@ -146,7 +146,7 @@ fn what_is_canceled_leaves_the_engine_and_the_rest_is_answered() {
         for tag in 0..24 {
             let context = [&going, &going, &stopped, &broken][tag as usize % 4];
             let lease = if tag % 4 == 1 { revoked.clone() } else { Lease::default() };
-            handle.submit(Work { lease, ..work(tag, context, mailbox) });
+            handle.submit(vec![Work { lease, ..work(tag, context, mailbox) }]);
         }
         let load = Arc::clone(handle.load());
         drop(handle);
@@ -169,8 +169,10 @@ fn a_failure_of_the_engine_is_one_of_all_that_use_it_and_a_refused_prompt_is_not
         let (runner, handle) = start();
         let everyone = Arc::default();
         let contexts = [(); 3].map(|()| context(&handle, &everyone, None));
-        handle.submit(Work { max_tokens: 10_000, ..work(0, &contexts[0], mailbox) });
-        handle.submit(work(1, &contexts[1], mailbox));
+        handle.submit(vec![
+            Work { max_tokens: 10_000, ..work(0, &contexts[0], mailbox) },
+            work(1, &contexts[1], mailbox),
+        ]);
         drop(handle.clone());
         let answered = |mailbox: &Mailbox| !mailbox.replies.lock().unwrap().is_empty();
         while !answered(mailbox) {
@@ -179,7 +181,7 @@ fn a_failure_of_the_engine_is_one_of_all_that_use_it_and_a_refused_prompt_is_not
         let message = contexts[0].failure.get().unwrap();
         assert!(message.starts_with("prompt was accepted by `tokenize`"), "{message}");
         assert_eq!((contexts[1].failure.get(), contexts[2].failure.get()), (None, None));
-        handle.submit(Work { token_ids: [0, 5].into(), ..work(2, &contexts[1], mailbox) });
+        handle.submit(vec![Work { token_ids: [0, 5].into(), ..work(2, &contexts[1], mailbox) }]);
         drop(handle);
         runner.join();
         let message = Some("model step failed: planned".to_owned());

@@ -16,6 +16,9 @@ use crate::group::tree::common_len;
 
 /// A prompt waits for no fewer tokens than this: it would lose a step for nothing.
 const MIN_AWAITED: usize = 4;
+/// Of the running sequences, so many are compared with a prompt, the newest: prompts with a common prefix come one after
+/// the other, and pages that older ones have filled are in the prefix cache.
+const MAX_SIBLINGS: usize = 32;
 
 /// What became of a waiting sequence.
 pub(super) enum Admission {
@@ -90,6 +93,7 @@ impl Scheduler {
             let page = self.take_page().expect("as many pages are available");
             sequence.pages.push(page);
         }
+        sequence.max_pages = (sequence.prompt_len + sequence.max_tokens).div_ceil(self.page_size);
         let index = self.running.partition_point(|other| other.priority <= sequence.priority);
         self.running.insert(index, sequence);
         index
@@ -107,7 +111,8 @@ impl Scheduler {
         let mut copy = cached.map(|(page, len)| CopySource { page, len, is_cached: true });
         let mut coming_len = 0;
         // One of lower priority may be preempted in this step, and may take long: it is neither copied nor awaited.
-        for sibling in self.running.iter().take_while(|sibling| sibling.priority <= sequence.priority) {
+        let end = self.running.partition_point(|other| other.priority <= sequence.priority);
+        for sibling in &self.running[end.saturating_sub(MAX_SIBLINGS)..end] {
             let (num_pages, first) = (path.len(), path.len() * self.page_size);
             if sibling.num_shared_pages < num_pages || sibling.pages[..num_pages].last() != path.last() {
                 continue;
@@ -151,12 +156,18 @@ impl Scheduler {
         if running.is_empty() {
             return true;
         }
+        // Nearly always there is room even if all answers were as long as they may be.
+        let num_pages = sequence.known_len().div_ceil(self.page_size);
+        let max_pages = (sequence.prompt_len + sequence.max_tokens).div_ceil(self.page_size);
+        let max_growth = running.iter().map(|one| one.max_pages - one.pages.len()).sum::<usize>();
+        if num_held + num_more + max_growth + (max_pages - num_pages) <= self.num_pages() {
+            return true;
+        }
         let mut footprints: Vec<Footprint> =
             running.iter().map(|one| self.footprint(one, one.pages.len(), self.num_own_pages(one))).collect();
         let num_own: usize = footprints.iter().map(|footprint| footprint.num_own_pages).sum();
-        let num_pages = sequence.known_len().div_ceil(self.page_size);
         footprints.push(self.footprint(sequence, num_pages, num_more));
-        // Nearly always there is room even if all ended at the same time.
+        // And often if all ended at the same time.
         let at_their_ends = footprints.iter().map(|one| one.num_pages_at_end(self.page_size)).sum::<usize>();
         if num_held - num_own + at_their_ends <= self.num_pages() {
             return true;
