@@ -187,6 +187,12 @@ pub trait Source: Send {
         Ok(self.next_batch()?.map_or(Read::End, Read::Batch))
     }
 
+    /// Whether to go on reading after the end until what was read is at the output: a group throws out who does not
+    /// poll, and may bring more.
+    fn reads_on(&self) -> bool {
+        false
+    }
+
     /// Called instead of [`read`](Self::read) again and again while nobody takes rows, which is for `held_back` now.
     fn hold_back(&mut self, _held_back: Duration) -> Result<(), SourceError> {
         Ok(())

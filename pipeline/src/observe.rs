@@ -93,6 +93,8 @@ pub struct TenantSnapshot {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct KafkaView {
     pub partitions: Vec<PartitionView>,
+    /// Topics are read, and which partitions of them are ours is not known yet.
+    pub awaits_partitions: bool,
     pub is_paused: bool,
     pub rebalances: u64,
     pub records_read: u64,
@@ -222,6 +224,10 @@ fn view(stats: &KafkaStats) -> KafkaView {
     };
     KafkaView {
         partitions: snapshot.partitions.iter().map(partition).collect(),
+        // A member may be given none.
+        awaits_partitions: snapshot.reads_topics
+            && snapshot.num_rebalances == 0
+            && snapshot.partitions.is_empty(),
         is_paused: snapshot.is_paused,
         rebalances: snapshot.num_rebalances,
         records_read: snapshot.records_read,

@@ -31,6 +31,8 @@ impl PartitionStats {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KafkaSnapshot {
     pub partitions: BTreeMap<Partition, PartitionStats>,
+    /// There are topics to read; which partitions of them may not be known yet.
+    pub reads_topics: bool,
     /// Partitions are held back since nobody takes more.
     pub is_paused: bool,
     pub num_rebalances: u64,
@@ -42,7 +44,8 @@ pub struct KafkaSnapshot {
     pub producers_fenced: u64,
     /// The batches of lost partitions that were thrown away.
     pub epochs_canceled: u64,
-    pub last_commit_ms: u64,
+    /// How many of them there were when reading had ended.
+    pub canceled_at_end: Option<u64>,
 }
 
 /// Shared by the clients.
@@ -55,6 +58,13 @@ impl PartitionStats {
     /// Whether all before `end` was fetched and read. The client's first report after a pause may be from before it.
     pub(super) fn has_reached(&self, end: i64) -> bool {
         self.num_reports >= 2 && self.fetched.is_some_and(|fetched| fetched >= end)
+    }
+}
+
+impl KafkaSnapshot {
+    /// Whether batches were thrown away when nobody read any more, so that they were not read again either.
+    pub fn is_cut_short(&self) -> bool {
+        self.canceled_at_end.is_some_and(|before| self.epochs_canceled > before)
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -46,22 +47,25 @@ impl SourceThread {
         Self { source, threads }
     }
 
-    fn start(mut self, shared: &Shared, operator: SyncActivator) -> Receiver<SourceBatch> {
+    fn start(self, shared: &Shared, operator: SyncActivator) -> Receiver<SourceBatch> {
+        let Self { mut source, threads } = self;
         let (batches, queue) = bounded(MAX_BATCHES_AHEAD);
         let (shared, failure) = (shared.clone(), shared.failure.clone());
         let reported = failure.clone();
         let thread = std::thread::Builder::new().name("source".to_owned()).spawn(move || {
             let _watch = failure.watch("source");
-            if let Err(error) = pump(self.source.as_mut(), &batches, &operator, &shared) {
+            if let Err(error) = pump(source.as_mut(), &batches, &operator, &shared) {
                 failure.fail(&error);
             }
+            // First, so that whoever commits last knows that nobody polls any more.
+            drop(source);
             drop(batches);
             // Fails only when the worker is gone, and then nobody needs waking.
             let _ = operator.activate();
         });
         match thread {
             Ok(thread) => {
-                self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
+                threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
             }
             Err(error) => reported.fail(&error),
         }
@@ -78,12 +82,15 @@ fn pump(
     operator: &SyncActivator,
     shared: &Shared,
 ) -> Result<(), SourceError> {
+    let mut num_read = 0;
     while !shared.should_stop() {
         let mut batch = match source.read()? {
             Read::Batch(batch) => batch,
             Read::Idle => continue,
+            Read::End if source.reads_on() && !is_at_output(num_read, shared) => continue,
             Read::End => return Ok(()),
         };
+        num_read += num_documents(&batch);
         let mut held_back = Duration::ZERO;
         loop {
             match batches.send_timeout(batch, HOLD_BACK) {
@@ -99,6 +106,25 @@ fn pump(
         let _ = operator.activate();
     }
     Ok(())
+}
+
+/// Whether the output has taken over all that was read. The order matters: a batch is counted as read when it is in flight.
+fn is_at_output(num_read: u64, shared: &Shared) -> bool {
+    let counters = &shared.counters;
+    counters.documents_read.load(Ordering::Acquire) == num_read
+        && shared.epochs.num_open() == 0
+        && Counters::get(&counters.documents_in_flight) == 0
+}
+
+fn num_documents(batch: &SourceBatch) -> u64 {
+    (batch.row_numbers.len() + batch.rejected.len()) as u64
+}
+
+/// Of rows and rejected rows; both are kept until they are written.
+fn num_bytes(batch: &SourceBatch) -> u64 {
+    let rejected: usize = batch.rejected.iter().map(|row| row.raw.len() + row.reason.len()).sum();
+    let rejected_rows = batch.rejected_rows.as_ref().map_or(0, |rows| rows.get_array_memory_size());
+    (batch.rows.get_array_memory_size() + rejected + rejected_rows) as u64
 }
 
 /// Counts what is in flight against the credit.
@@ -203,8 +229,8 @@ pub fn read<'scope>(
                     };
                 }
                 let Some(batch) = waiting.take() else { break };
-                let documents = (batch.row_numbers.len() + batch.rejected.len()) as u64;
-                let bytes = batch.rows.get_array_memory_size() as u64;
+                let documents = num_documents(&batch);
+                let bytes = num_bytes(&batch);
                 if !gate.admits(documents, bytes) {
                     waiting = Some(batch);
                     break;
@@ -217,8 +243,8 @@ pub fn read<'scope>(
                     // Nothing of it will be rendered.
                     shared.work.tokens.add(epoch, 0);
                 }
-                Counters::add(&shared.counters.documents_read, documents);
                 shared.counters.observe_in_flight(gate.documents());
+                shared.counters.documents_read.fetch_add(documents, Ordering::Release);
                 output.session_with_builder(&*open).give_container(&mut convert(batch));
                 open.downgrade(&(epoch + 1));
             }
@@ -247,7 +273,9 @@ fn convert(batch: SourceBatch) -> Batch {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
+    use arrow::array::{ArrayRef, RecordBatch, StringArray};
+    use arrow::datatypes::Schema;
+    use tidemill_connectors::source::{Position, RejectedRow};
 
     use super::*;
 
@@ -278,6 +306,26 @@ mod tests {
         assert!(!gate.admits(1, 1), "four batches of two workers are not rendered yet");
         tokens.add(3, 0);
         assert!(gate.admits(1, 1));
+    }
+
+    #[test]
+    fn rejected_rows_take_memory_too() {
+        let raw = "x".repeat(60_000);
+        let row = |row| RejectedRow { file: 0, row, reason: "broken".to_owned(), raw: raw.clone() };
+        let kept: ArrayRef = Arc::new(StringArray::from(vec![raw.clone(); 3]));
+        let mut batch = SourceBatch {
+            rows: RecordBatch::new_empty(Arc::new(Schema::empty())),
+            file: 0,
+            row_numbers: Vec::new(),
+            rejected: (0..3).map(row).collect(),
+            rejected_rows: None,
+            revoked: Arc::default(),
+            start: Position { file: 0, row: 0 },
+            end: Position { file: 0, row: 3 },
+        };
+        assert_eq!((num_documents(&batch), num_bytes(&batch)), (3, 3 * 60_006));
+        batch.rejected_rows = Some(RecordBatch::try_from_iter([("value", kept)]).unwrap());
+        assert!(num_bytes(&batch) > 6 * 60_000);
     }
 
     #[test]
