@@ -54,6 +54,7 @@ pub struct Shared {
     /// By step.
     pub demands: Vec<Arc<Demand>>,
     pub credit: CreditPlan,
+    pub at_source: Arc<AtSource>,
     /// Of the engines.
     pub loads: Vec<Arc<EngineLoad>>,
     pub figures: Vec<Arc<EngineFigures>>,
@@ -63,6 +64,17 @@ impl Shared {
     pub fn should_stop(&self) -> bool {
         self.work.is_over()
     }
+}
+
+/// What the source sees now, for whoever looks at it from another thread.
+#[derive(Debug, Default)]
+pub struct AtSource {
+    /// Of the batches in flight.
+    pub bytes_in_flight: AtomicU64,
+    /// Batches in flight that are not rendered yet.
+    pub num_unrendered: AtomicU64,
+    /// A batch waits for credit.
+    pub is_held_back: AtomicBool,
 }
 
 /// Where an epoch ends in the input.

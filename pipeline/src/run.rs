@@ -330,6 +330,7 @@ fn share(
             .map(|_| Arc::new(Demand::new(plan.devices.num_engines(), target)))
             .collect(),
         credit: plan.credit,
+        at_source: Arc::default(),
         loads: lent.handles.iter().map(|engine| Arc::clone(engine.load())).collect(),
         figures: lent.handles.iter().map(|engine| Arc::clone(engine.figures())).collect(),
     }

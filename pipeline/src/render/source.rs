@@ -24,7 +24,7 @@ use timely::dataflow::operators::Operator;
 use timely::dataflow::{Stream, StreamVec};
 use timely::scheduling::SyncActivator;
 
-use super::{EpochEnd, Shared};
+use super::{AtSource, EpochEnd, Shared};
 use crate::plan::CreditPlan;
 
 /// Without a credit in tokens, so many fillings of the KV cache may be in flight, and as many of what is free of it: a
@@ -188,6 +188,13 @@ impl Gate {
         }
     }
 
+    fn show(&self, at_source: &AtSource, is_held_back: bool) {
+        let num_unrendered = self.open.len().saturating_sub(self.tokens.num_known());
+        at_source.bytes_in_flight.store(self.bytes, Ordering::Relaxed);
+        at_source.num_unrendered.store(num_unrendered as u64, Ordering::Relaxed);
+        at_source.is_held_back.store(is_held_back, Ordering::Relaxed);
+    }
+
     pub fn documents(&self) -> u64 {
         self.documents
     }
@@ -249,6 +256,7 @@ pub fn read<'scope>(
                 open.downgrade(&(epoch + 1));
             }
             shared.counters.observe_in_flight(gate.documents());
+            gate.show(&shared.at_source, waiting.is_some());
         }
     })
 }
