@@ -127,10 +127,14 @@ impl Broker {
         tools::read_all(&self.cluster(), topic).expect("the broker gives records")
     }
 
+    pub fn has_open_transaction(&self, topic: &str) -> bool {
+        tools::has_open_transaction(&self.cluster(), topic).expect("the broker knows the topic")
+    }
+
     /// Waits for the last transactions: a producer is told of a commit before all partitions are.
     pub fn await_transactions(&self, topic: &str) {
         for _ in 0..200 {
-            if !tools::has_open_transaction(&self.cluster(), topic).expect("the broker knows the topic") {
+            if !self.has_open_transaction(topic) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(50));
