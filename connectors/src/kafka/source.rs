@@ -13,7 +13,7 @@ use std::time::Duration;
 use arrow::datatypes::SchemaRef;
 use rdkafka::Message;
 use rdkafka::error::KafkaError as Client;
-use rdkafka::message::OwnedMessage;
+use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
@@ -432,7 +432,7 @@ impl KafkaSource {
             input: assigned.input,
             rows: RowsBuilder::new(Arc::clone(&self.schema), self.limits.max_rows),
         });
-        *num_bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
+        *num_bytes += num_bytes_of(message);
         chunk.rows.push(message, decoded);
         Ok(Some(chunk.rows.len() >= self.limits.max_rows || *num_bytes >= self.limits.max_bytes))
     }
@@ -473,6 +473,14 @@ impl KafkaSource {
         tracing::info!(reason = reason(error), "consumer");
         Ok(())
     }
+}
+
+fn num_bytes_of(message: &impl Message) -> usize {
+    let len = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
+    let headers = message.headers();
+    let headers = headers.iter().flat_map(|headers| headers.iter());
+    let in_headers: usize = headers.map(|header| header.key.len() + len(header.value)).sum();
+    len(message.payload()) + len(message.key()) + in_headers
 }
 
 impl Drop for KafkaSource {
