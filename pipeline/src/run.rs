@@ -257,7 +257,8 @@ impl Pipeline {
         let start_tracer = |endpoint: &String| Tracer::start(endpoint, &plan.name, clock);
         let tracer = plan.traces.as_ref().map(start_tracer).transpose()?;
         let tracing = tracer.as_ref().map(|tracer| tracer.tracing(&plan.model_name, trace_parent));
-        let shared = share(&plan, journal, &lent, tracing, options, clock);
+        let reads_topics = kafka.as_ref().is_some_and(|stats| stats.snapshot().reads_topics);
+        let shared = share(&plan, journal, &lent, tracing, reads_topics, options, clock);
         registry.add(&plan, &shared, kafka.clone(), tracer.clone());
         let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
         let removes_journal = matches!(target, Target::Files { may_finish: true, .. });
@@ -294,6 +295,7 @@ fn share(
     journal: Option<Journal>,
     lent: &Lent,
     tracing: Option<Tracing>,
+    reads_topics: bool,
     options: &RunOptions,
     clock: Clock,
 ) -> Shared {
@@ -323,7 +325,7 @@ fn share(
             stop,
             tracing,
         }),
-        epochs: Arc::new(EpochLog::default()),
+        epochs: Arc::new(EpochLog::new(reads_topics)),
         demands: plan
             .steps
             .iter()

@@ -215,3 +215,66 @@ fn a_tenant_does_not_wait_for_the_burst_of_another() {
     assert!(p95(&beside) < 2 * p95(&alone), "{beside:?} steps beside a burst, {alone:?} alone");
     run.stop();
 }
+
+/// Texts by how long the model's answer to them is: the one with the longest, and some with short ones.
+fn slow_and_quick(step: &str) -> (u64, Vec<u64>) {
+    let pipeline = Pipeline::new(&format!(
+        "name: lengths\nmodel: {{ name: fake }}\nsource: {{ jsonl: {{ path: in.jsonl }} }}\n\
+         {step}sink: {{ jsonl: {{ path: out.jsonl }} }}\n"
+    ));
+    let line = |id| format!("{{\"id\": {id}, \"text\": \"candidate {id}\"}}\n");
+    fs::write(pipeline.path("in.jsonl"), (0..400).map(line).collect::<String>()).unwrap();
+    pipeline.run(&["run", "--quiet"]).expect_code(0);
+    let rows = pipeline.jsonl("out.jsonl");
+    let answer_len = |row: &Value| number(row, "answer_output_tokens");
+    let slow = rows.iter().max_by_key(|row| answer_len(row)).unwrap();
+    assert!(answer_len(slow) > 80, "{slow}");
+    let quick = rows.iter().filter(|row| answer_len(row) <= 8).map(|row| number(row, "id"));
+    (number(slow, "id"), quick.collect())
+}
+
+/// What follows it is answered meanwhile, and another partition is committed; its own is not, and keeps its order.
+#[test]
+fn a_slow_document_delays_the_commit_of_its_partition_and_no_work() {
+    const QUICK: usize = 16;
+    let broker = Broker::shared();
+    let step = "steps:\n  - generate: { name: answer, prompt: 'Summarize {{ text }}', max_tokens: 400 }\n";
+    let (slow, quick) = slow_and_quick(step);
+    let ids = [[&[slow], &quick[..QUICK]].concat(), quick[QUICK..2 * QUICK].to_vec()];
+    let text = definition("slow", "engine: { max_num_seqs: 8 }\ncredit: { documents: 64 }\n")
+        .replace("max_tokens: 8", "max_tokens: 400")
+        .replace("topic: slow-out", "topic: slow-out, partition: input, commit_ms: 10");
+    let mut pipeline = Pipeline::new(&text);
+    pipeline.env.push(("TIDEMILL_FAKE_DELAY_US", "5000".to_owned()));
+    let mut run = Run::start(&pipeline, &[]);
+    run.look("slow");
+    let record = |partition: usize, id: &u64| Record {
+        partition: Some(partition as i32),
+        ..Record::new("k", format!("{{\"id\": {id}, \"text\": \"candidate {id}\"}}"))
+    };
+    let records =
+        ids.iter().enumerate().flat_map(|(number, ids)| ids.iter().map(move |id| record(number, id)));
+    broker.produce("slow-in", records);
+    loop {
+        let seen = run.look("slow");
+        let arrived = number(&seen, "documents_arrived") as usize;
+        assert!(arrived <= 2 * QUICK, "all others were answered and committed before it: {seen}");
+        let partitions = seen["kafka"]["partitions"].as_array().unwrap();
+        let committed = |number: usize| partitions[number]["committed"].as_u64().unwrap_or(0) as usize;
+        assert_eq!(committed(0), 0, "{seen}");
+        if arrived == 2 * QUICK && committed(1) == QUICK {
+            assert_eq!(number(&seen, "documents_done") as usize, QUICK);
+            break;
+        }
+    }
+    while number(&run.look("slow"), "documents_done") as usize <= 2 * QUICK {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    run.stop();
+    let mut found = [Vec::new(), Vec::new()];
+    for record in broker.read("slow-out") {
+        let value: Value = serde_json::from_slice(record.value.as_ref().unwrap()).unwrap();
+        found[record.partition.unwrap() as usize].push(number(&value, "id"));
+    }
+    assert_eq!(found, ids, "in the order of the input");
+}

@@ -244,7 +244,9 @@ pub fn read<'scope>(
                 }
                 let epoch = *open.time();
                 let revoked = Arc::clone(&batch.revoked);
-                shared.epochs.insert(epoch, EpochEnd { position: batch.end, revoked });
+                shared
+                    .epochs
+                    .insert(epoch, EpochEnd { position: batch.end, num_documents: documents, revoked });
                 gate.enter(epoch, documents, bytes);
                 if batch.row_numbers.is_empty() {
                     // Nothing of it will be rendered.
