@@ -110,7 +110,7 @@ fn the_network_is_cut() {
     history.feed(&broker, 3000);
     let (mut child, log) = history.start();
     let mut random = Random(3);
-    for fault in 1..=8 {
+    for fault in 1..=5 {
         history.await_computed(&mut child, &log, fault * 120);
         std::thread::sleep(Duration::from_millis(random.below(50)));
         let (is_silent, is_long) = (fault % 2 == 0, fault % 4 >= 2);
@@ -127,7 +127,7 @@ fn the_network_is_cut() {
             if is_long { "for longer than the session" } else { "for a moment" }
         ));
     }
-    history.await_computed(&mut child, &log, 1300);
+    history.await_computed(&mut child, &log, 900);
     signal(&child, "-INT");
     assert_eq!(child.wait().unwrap().code(), Some(130), "{}", history.log(&log));
     history.finish();
@@ -141,9 +141,9 @@ fn a_stopped_member_comes_back() {
     let broker = Broker::shared();
     let sink = ", transaction_timeout_ms: 1000, commit_ms: 10";
     let mut history = History::new(broker, broker.address(), "stopped", OPTIONS, sink);
-    history.feed(broker, 3000);
+    history.feed(broker, 2000);
     let (mut member, log) = history.start();
-    for round in 1..=3 {
+    for round in 1..=2 {
         history.await_computed(&mut member, &log, round * 100);
         signal(&member, "-STOP");
         history.note("a member is stopped");

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -77,4 +77,44 @@ fn topics_without_anything_new_end_too_and_are_ready() {
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(pipeline.jsonl("out.jsonl").len(), 20);
+}
+
+/// What a member was thrown out with is done when whoever took it over has committed it.
+#[test]
+fn work_that_was_taken_away_is_awaited() {
+    let broker = Broker::shared();
+    for topic in ["taken-in", "taken-out", "taken-errors"] {
+        broker.create_topic(topic, 2);
+    }
+    broker.produce("taken-in", (0..120).map(record));
+    let options = "session.timeout.ms: 1500, heartbeat.interval.ms: 300";
+    let mut pipeline = Pipeline::new(&format!(
+        "name: taken\nmodel: {{ name: fake }}\n\
+         source: {{ kafka: {{ brokers: '{}', topics: [taken-in], options: {{ {options} }} }} }}\n\
+         steps:\n  - generate: {{ name: answer, prompt: 'Summarize {{{{ text }}}}', max_tokens: 4 }}\n\
+         sink: {{ kafka: {{ topic: taken-out, commit_ms: 10, transaction_timeout_ms: 1000 }} }}\nerrors: {{ kafka: {{ topic: taken-errors }} }}\n",
+        broker.address()
+    ));
+    pipeline.env.push(("TIDEMILL_FAKE_DELAY_US", "1000".to_owned()));
+    pipeline.env.push(("TIDEMILL_LOG", "tidemill::ledger=debug,info".to_owned()));
+    let signal = |child: &Child, name: &str| {
+        assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+    };
+    let await_computed = |child: &mut Child, log: &str| {
+        while pipeline.computed(log).len() < 20 {
+            assert!(child.try_wait().unwrap().is_none(), "the run has ended");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let mut child = pipeline.start(&["run", "--quiet", "--until-end"], "first.log");
+    await_computed(&mut child, "first.log");
+    signal(&child, "-STOP");
+    let mut heir = pipeline.start(&["run", "--quiet"], "heir.log");
+    await_computed(&mut heir, "heir.log");
+    signal(&child, "-CONT");
+    assert!(child.wait().unwrap().success());
+    assert_eq!(broker.committed("taken", "taken-in"), broker.ends("taken-in"));
+    assert_eq!(broker.read("taken-out").len(), 120);
+    signal(&heir, "-INT");
+    assert_eq!(heir.wait().unwrap().code(), Some(130));
 }
