@@ -77,3 +77,18 @@ impl KafkaStats {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_canceled_while_reading_is_read_again_and_what_is_canceled_later_is_not() {
+        let mut snapshot = KafkaSnapshot { epochs_canceled: 3, ..KafkaSnapshot::default() };
+        assert!(!snapshot.is_cut_short());
+        snapshot.canceled_at_end = Some(3);
+        assert!(!snapshot.is_cut_short());
+        snapshot.epochs_canceled = 4;
+        assert!(snapshot.is_cut_short());
+    }
+}
