@@ -107,10 +107,10 @@ fn the_network_is_cut() {
     let proxy = Proxy::start(broker.proxies[0]);
     let address = format!("127.0.0.1:{}", broker.proxies[0].0);
     let mut history = History::new(&broker, &address, "cut", OPTIONS, "");
-    history.feed(&broker, 3000);
+    history.feed(&broker, 1800);
     let (mut child, log) = history.start();
     let mut random = Random(3);
-    for fault in 1..=5 {
+    for fault in 1..=4 {
         history.await_computed(&mut child, &log, fault * 120);
         std::thread::sleep(Duration::from_millis(random.below(50)));
         let (is_silent, is_long) = (fault % 2 == 0, fault % 4 >= 2);
@@ -127,7 +127,7 @@ fn the_network_is_cut() {
             if is_long { "for longer than the session" } else { "for a moment" }
         ));
     }
-    history.await_computed(&mut child, &log, 900);
+    history.await_computed(&mut child, &log, 700);
     signal(&child, "-INT");
     assert_eq!(child.wait().unwrap().code(), Some(130), "{}", history.log(&log));
     history.finish();
@@ -141,7 +141,7 @@ fn a_stopped_member_comes_back() {
     let broker = Broker::shared();
     let sink = ", transaction_timeout_ms: 1000, commit_ms: 10";
     let mut history = History::new(broker, broker.address(), "stopped", OPTIONS, sink);
-    history.feed(broker, 2000);
+    history.feed(broker, 1500);
     let (mut member, log) = history.start();
     for round in 1..=2 {
         history.await_computed(&mut member, &log, round * 100);
@@ -184,7 +184,7 @@ fn a_zombie_is_fenced() {
     let broker = Broker::shared();
     let sink = ", transactional_id: the-writer, transaction_timeout_ms: 300000, commit_ms: 10";
     let mut history = History::new(broker, broker.address(), "zombie", OPTIONS, sink);
-    history.feed(broker, 2000);
+    history.feed(broker, 1200);
     let (mut zombie, log) = history.start();
     history.await_computed(&mut zombie, &log, 100);
     stop_amid_transaction(broker, &mut history, &mut zombie);
@@ -212,7 +212,7 @@ fn a_transaction_times_out() {
     let broker = Broker::shared();
     let sink = ", transaction_timeout_ms: 1500, commit_ms: 10";
     let mut history = History::new(broker, broker.address(), "timeout", OPTIONS, sink);
-    history.feed(broker, 1500);
+    history.feed(broker, 1000);
     let (mut child, log) = history.start();
     history.await_computed(&mut child, &log, 100);
     stop_amid_transaction(broker, &mut history, &mut child);
