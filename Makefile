@@ -39,15 +39,16 @@ demo: build ## set up, fetch the model, build, summarize the news of the example
 	@if sh scripts/venv.sh; then $(PYTHON) scripts/show_summaries.py $(DEMO)/out/summaries; \
 	else echo "demo: the summaries are Parquet files in $(DEMO)/out/summaries"; fi
 
-demo-kafka: build kafka ## start a broker, summarize articles topic to topic, show them, stop
+demo-kafka: build ## start a broker, summarize articles topic to topic, show them, stop
 	@$(TIDEMILL) models pull $(MODEL)
 	@sh scripts/demo_kafka.sh $(TIDEMILL)
 
-kafka: setup ## fetch the broker and the schema registry of the tests and the demo into the cache
+# The demo fetches its broker itself, where it is neither given one nor finds docker.
+kafka: setup ## fetch the broker and the schema registry of the tests into the cache
 	@sh scripts/kafka.sh fetch
 	@sh scripts/registry.sh fetch
 
-burst: build kafka ## let 100,000 records arrive while the model is slow; writes out/burst.svg
+burst: build ## let 100,000 records arrive while the model is slow; writes out/burst.svg
 	@python3 scripts/burst.py $(TIDEMILL)
 
 chaos: kafka ## kill, cut off and fool pipelines and a broker, and print what happened

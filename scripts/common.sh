@@ -21,6 +21,13 @@ print(*(one.getsockname()[1] for one in sockets))' "$1"
 # A process that nobody has waited for yet is not alive.
 runs() { kill -0 "$1" 2>/dev/null && ! grep -qs '^State:.*Z' "/proc/$1/status"; }
 
+# Ends container $1 when process $2 that asked for it is gone.
+end_container_with() {
+    [ -n "$2" ] || return 0
+    setsid sh -c "while kill -0 $2 2>/dev/null; do sleep 0.5; done
+        docker rm --force $1" </dev/null >/dev/null 2>&1 &
+}
+
 # Ends process $1 when process $2 that asked for it is gone, however it went.
 end_with() {
     [ -n "$2" ] || return 0

@@ -10,8 +10,9 @@ sh scripts/kafka.sh start --dir "$dir" --parent $$ > "$dir/started"
 stop() {
     sh scripts/kafka.sh stop --dir "$dir"
     rm -rf "$dir"
-    echo "demo: the broker is stopped"
+    [ "$KAFKA_BROKERS" = "$given" ] || echo "demo: the broker is stopped"
 }
+given=${KAFKA_BROKERS:-none}
 trap stop EXIT
 trap 'exit 130' INT TERM
 KAFKA_BROKERS=$(sed -n 's/^KAFKA_BROKERS=//p' "$dir/started")

@@ -1,14 +1,15 @@
 #!/bin/sh
 # A Kafka broker for the demo, the tests and the benchmarks: one KRaft node on loopback.
 #
-#   kafka.sh start [--dir DIR] [--proxies N] [--secure] [--parent PID]   prints KAFKA_BROKERS=HOST:PORT
-#   kafka.sh stop --dir DIR                                              stops what `start` started
-#   kafka.sh fetch                                                       only makes sure that the jars are here
+#   kafka.sh start [--dir DIR] [--proxies N] [--secure] [--jars] [--parent PID]   prints KAFKA_BROKERS=HOST:PORT
+#   kafka.sh stop --dir DIR                                                       stops what `start` started
+#   kafka.sh fetch                                                                only makes sure that the jars are here
 #
 # Where KAFKA_BROKERS is set, that broker is taken and nothing is started or stopped. Else docker is used if an engine
 # runs, else the jars from Maven with Java 17, kept in the cache. A DIR that holds a broker's data is started again
 # with the same data and ports. --proxies adds listeners that tell clients to come to another port, on which a test
-# can stand between; they are printed as PROXY0=PORT:TARGET. --secure adds a listener with TLS and SCRAM for the user
+# can stand between; they are printed as PROXY0=PORT:TARGET. These and --secure take the jars, as does --jars, for a
+# broker that is to be killed. --secure adds a listener with TLS and SCRAM for the user
 # `tidemill` with the password `secret`, printed as SECURE=HOST:PORT; its certificate is DIR/ca.pem. With --parent the
 # broker ends when that process does.
 set -eu
@@ -20,9 +21,9 @@ CACHE=${TIDEMILL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tidemill}/kafka/$VERSION
 NAME=kafka
 . "$(dirname "$0")/common.sh"
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
-dir="" proxies=0 secure="" parent=""
+dir="" proxies=0 secure="" jars="" parent=""
 [ $# -ge 1 ] || usage
 command=$1
 shift
@@ -32,6 +33,7 @@ while [ $# -gt 0 ]; do
         --proxies) proxies=$2; shift ;;
         --parent) parent=$2; shift ;;
         --secure) secure=yes ;;
+        --jars) jars=yes ;;
         *) usage ;;
     esac
     shift
@@ -160,10 +162,11 @@ start_jars() {
     echo $! > "$dir/pid"
 }
 
+# The same settings as in `configure`, as far as they are not of its listeners.
 start_docker() {
-    has docker && docker info >/dev/null 2>&1 || return 1
     # Other listeners need the host's network and this script's configuration.
-    [ "$proxies" = 0 ] && [ -z "$secure" ] || return 1
+    [ "$proxies" = 0 ] && [ -z "$secure$jars" ] || return 1
+    has docker && docker info >/dev/null 2>&1 || return 1
     port=$(free_ports 1)
     docker run -d --rm -p "127.0.0.1:$port:9092" -e KAFKA_NODE_ID=1 -e KAFKA_PROCESS_ROLES=broker,controller \
         -e KAFKA_LISTENERS=PLAINTEXT://:9092,CONTROLLER://:9093 \
@@ -172,13 +175,22 @@ start_docker() {
         -e KAFKA_CONTROLLER_QUORUM_VOTERS=1@localhost:9093 -e KAFKA_CONTROLLER_LISTENER_NAMES=CONTROLLER \
         -e KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR=1 -e KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR=1 \
         -e KAFKA_TRANSACTION_STATE_LOG_MIN_ISR=1 -e KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS=0 \
-        -e KAFKA_AUTO_CREATE_TOPICS_ENABLE=false "$IMAGE" > "$dir/container"
+        -e KAFKA_OFFSETS_TOPIC_NUM_PARTITIONS=2 -e KAFKA_TRANSACTION_STATE_LOG_NUM_PARTITIONS=2 \
+        -e KAFKA_SHARE_COORDINATOR_STATE_TOPIC_REPLICATION_FACTOR=1 -e KAFKA_SHARE_COORDINATOR_STATE_TOPIC_MIN_ISR=1 \
+        -e KAFKA_GROUP_MIN_SESSION_TIMEOUT_MS=1000 \
+        -e KAFKA_TRANSACTION_ABORT_TIMED_OUT_TRANSACTION_CLEANUP_INTERVAL_MS=500 -e KAFKA_LOG_RETENTION_MS=-1 \
+        -e KAFKA_AUTO_CREATE_TOPICS_ENABLE=false "$IMAGE" > "$dir/container" 2>"$dir/docker.log" || {
+        say "docker cannot start $IMAGE, so the jars are taken: $(tail -n 1 "$dir/docker.log")"
+        rm "$dir/container"
+        return 1
+    }
     printf 'KAFKA_BROKERS=127.0.0.1:%s\n' "$port" > "$dir/addresses"
 }
 
 await() {
     port=$(sed -n 's/^KAFKA_BROKERS=127.0.0.1:\([0-9]*\)$/\1/p' "$dir/addresses")
     tries=0
+    # A port of docker answers before the broker does; clients try again.
     until listening "$port"; do
         tries=$((tries + 1))
         [ -f "$dir/container" ] || alive || { tail -n 5 "$dir/out.log" >&2; fail "the broker ended; its log is $dir/server.log"; }
@@ -188,7 +200,7 @@ await() {
 }
 
 case $command in
-    fetch) [ -n "${KAFKA_BROKERS:-}" ] || fetch ;;
+    fetch) fetch ;;
     start)
         if [ -n "${KAFKA_BROKERS:-}" ] && [ "$proxies" = 0 ] && [ -z "$secure" ]; then
             say "taking the broker at $KAFKA_BROKERS"
@@ -202,11 +214,15 @@ case $command in
             fail "a broker runs in $dir already"
         fi
         say "starting a broker in $dir (some seconds)"
-        if [ -f "$dir/server.properties" ] || [ -n "$parent" ] || ! start_docker; then
+        if [ -f "$dir/server.properties" ] || ! start_docker; then
             start_jars
         fi
         await
-        [ ! -f "$dir/pid" ] || end_with "$(cat "$dir/pid")" "$parent"
+        if [ -f "$dir/pid" ]; then
+            end_with "$(cat "$dir/pid")" "$parent"
+        else
+            end_container_with "$(cat "$dir/container")" "$parent"
+        fi
         cat "$dir/addresses"
         echo "KAFKA_DIR=$dir"
         ;;

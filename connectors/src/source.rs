@@ -190,6 +190,12 @@ pub trait Source: Send {
     /// How many rows the next batches may have, within the limits of the source: more, the faster they are taken.
     fn set_batch_rows(&mut self, _max_rows: usize) {}
 
+    /// Whether to go on reading after the end until what was read is at the output: a group throws out who does not
+    /// poll, and may bring more.
+    fn reads_on(&self) -> bool {
+        false
+    }
+
     /// Called instead of [`read`](Self::read) again and again while nobody takes rows, which is for `held_back` now.
     fn hold_back(&mut self, _held_back: Duration) -> Result<(), SourceError> {
         Ok(())

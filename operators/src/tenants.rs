@@ -12,12 +12,16 @@ use std::time::Duration;
 
 use timely::scheduling::SyncActivator;
 
+use crate::infer::figures::Histogram;
+
 /// Tenants that are counted by name.
 pub const MAX_COUNTED: usize = 64;
 /// The name under which all others are counted.
 pub const OTHER: &str = "other";
 /// A name is cut here.
 pub const MAX_NAME_BYTES: usize = 256;
+const WAIT_SECONDS: [f64; 14] =
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0];
 
 /// What the definition says of tenants; by default there is one, and no limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,13 +29,19 @@ pub struct TenantPolicy {
     /// Of a tenant named here its weight, at least 1.
     pub weights: BTreeMap<String, u32>,
     pub default_weight: u32,
-    /// A tenant is handed no further prompt while it has so many tokens in engines.
+    /// A tenant is handed no further prompt while it has so many tokens in engines; of those named here their own limit.
+    pub limits: BTreeMap<String, u64>,
     pub max_tokens_in_flight: Option<u64>,
 }
 
 impl Default for TenantPolicy {
     fn default() -> Self {
-        Self { weights: BTreeMap::new(), default_weight: 1, max_tokens_in_flight: None }
+        Self {
+            weights: BTreeMap::new(),
+            default_weight: 1,
+            limits: BTreeMap::new(),
+            max_tokens_in_flight: None,
+        }
     }
 }
 
@@ -39,10 +49,18 @@ impl TenantPolicy {
     pub fn weight(&self, tenant: &str) -> u32 {
         self.weights.get(tenant).copied().unwrap_or(self.default_weight)
     }
+
+    pub fn limit(&self, tenant: &str) -> Option<u64> {
+        self.limits.get(tenant).copied().or(self.max_tokens_in_flight)
+    }
+
+    fn has_limits(&self) -> bool {
+        self.max_tokens_in_flight.is_some() || !self.limits.is_empty()
+    }
 }
 
 /// Totals of one tenant, over all steps; answers from the journal are not among them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TenantCounts {
     /// Documents answered.
     pub documents: u64,
@@ -50,9 +68,23 @@ pub struct TenantCounts {
     pub output_tokens: u64,
     /// Prompts that wait for an engine, now.
     pub waiting: u64,
-    /// Prompts that have been handed to an engine, and how long all of them together had waited for that.
-    pub handed_out: u64,
-    pub wait: Duration,
+    /// Tokens in engines, now.
+    pub tokens_in_flight: u64,
+    /// How many seconds prompts had waited when they were handed to an engine.
+    pub wait: Histogram,
+}
+
+impl Default for TenantCounts {
+    fn default() -> Self {
+        Self {
+            documents: 0,
+            prompt_tokens: 0,
+            output_tokens: 0,
+            waiting: 0,
+            tokens_in_flight: 0,
+            wait: Histogram::new(&WAIT_SECONDS),
+        }
+    }
 }
 
 /// See the module.
@@ -105,7 +137,7 @@ impl Tenants {
     /// Whether the tenant is below its limit.
     pub(crate) fn may_run(&self, tenant: &str) -> bool {
         let in_flight = || self.lock().in_flight.get(tenant).copied().unwrap_or(0);
-        self.policy.max_tokens_in_flight.is_none_or(|most| in_flight() < most)
+        self.policy.limit(tenant).is_none_or(|most| in_flight() < most)
     }
 
     /// A prompt goes to an engine, with so many tokens as it and its answer may have.
@@ -115,8 +147,8 @@ impl Tenants {
         *state.in_flight.entry(Arc::clone(tenant)).or_insert(0) += tokens;
         let counts = state.count(tenant);
         counts.waiting -= 1;
-        counts.handed_out += 1;
-        counts.wait += now.saturating_sub(arrived);
+        counts.tokens_in_flight += tokens;
+        counts.wait.observe(now.saturating_sub(arrived).as_secs_f64());
     }
 
     /// A prompt that was handed out with `tokens` is done; `answer` has the tokens of prompt and answer, if there is one.
@@ -127,13 +159,14 @@ impl Tenants {
         if *in_flight == 0 {
             state.in_flight.remove(tenant);
         }
+        let counts = state.count(tenant);
+        counts.tokens_in_flight -= tokens;
         if let Some((prompt_len, output_len)) = answer {
-            let counts = state.count(tenant);
             counts.documents += 1;
             counts.prompt_tokens += u64::from(prompt_len);
             counts.output_tokens += u64::from(output_len);
         }
-        if self.policy.max_tokens_in_flight.is_some() {
+        if self.policy.has_limits() {
             for group in &state.groups {
                 // Fails only when a worker is gone, and then nobody needs waking.
                 let _ = group.activate();
@@ -175,7 +208,9 @@ mod tests {
 
     #[test]
     fn tokens_in_flight_are_limited_for_each_tenant() {
-        let policy = TenantPolicy { max_tokens_in_flight: Some(100), ..TenantPolicy::default() };
+        let limits = BTreeMap::from([("large".to_owned(), 100), ("none".to_owned(), 0)]);
+        let policy = TenantPolicy { limits, ..TenantPolicy::default() };
+        assert_eq!((policy.limit("large"), policy.limit("free")), (Some(100), None));
         let clock = Arc::new(AtomicU64::new(5));
         let now = Arc::clone(&clock);
         let tenants = Tenants::new(policy, move || Duration::from_millis(now.load(Ordering::Relaxed)));
@@ -185,18 +220,14 @@ mod tests {
             clock.fetch_add(10, Ordering::Relaxed);
             tenants.handed_out(&large, 60, arrived);
         }
-        assert!(!tenants.may_run("large") && tenants.may_run(&small));
+        assert!(!tenants.may_run("large") && tenants.may_run(&small) && tenants.may_run("free"));
+        assert_eq!(tenants.counts()["large"].tokens_in_flight, 120);
         tenants.finished(&large, 60, Some((40, 7)));
         assert!(tenants.may_run("large"));
         tenants.finished(&large, 60, None);
-        let expected = TenantCounts {
-            documents: 1,
-            prompt_tokens: 40,
-            output_tokens: 7,
-            waiting: 0,
-            handed_out: 2,
-            wait: Duration::from_millis(20),
-        };
+        let mut expected =
+            TenantCounts { documents: 1, prompt_tokens: 40, output_tokens: 7, ..TenantCounts::default() };
+        (0..2).for_each(|_| expected.wait.observe(0.01));
         assert_eq!(tenants.counts(), BTreeMap::from([(large, expected)]));
         assert!(tenants.lock().in_flight.is_empty());
     }

@@ -44,11 +44,18 @@ pub struct PipelineSnapshot {
     pub output_tokens: u64,
     pub epochs_in_flight: u64,
     pub documents_in_flight: u64,
+    pub bytes_in_flight: u64,
     pub tokens_in_flight: u64,
+    /// Batches of documents that are not rendered yet.
+    pub unrendered: u64,
+    /// Prompts that wait until an engine has room for them.
+    pub grouped: u64,
     pub credit_documents: u64,
     pub credit_bytes: u64,
     /// 0: as many as the KV cache of the engines makes sensible.
     pub credit_tokens: u64,
+    /// The credit is used up: what is read waits at the source.
+    pub is_held_back: bool,
     pub engines: Vec<EngineSnapshot>,
     pub tenants: BTreeMap<String, TenantSnapshot>,
     pub kafka: Option<KafkaView>,
@@ -86,13 +93,17 @@ pub struct TenantSnapshot {
     pub waiting: u64,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
-    pub handed_out: u64,
-    pub wait_seconds: f64,
+    pub tokens_in_flight: u64,
+    /// 0: no limit.
+    pub limit_tokens: u64,
+    pub wait_seconds: Histogram,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct KafkaView {
     pub partitions: Vec<PartitionView>,
+    /// Topics are read, and which partitions of them are ours is not known yet.
+    pub awaits_partitions: bool,
     pub is_paused: bool,
     pub rebalances: u64,
     pub records_read: u64,
@@ -150,7 +161,7 @@ impl Registry {
 
 impl Observed {
     fn snapshot(&self) -> PipelineSnapshot {
-        let Shared { counters, .. } = &self.shared;
+        let Shared { counters, at_source, .. } = &self.shared;
         let engine = |(load, figures): (&Arc<EngineLoad>, &Arc<EngineFigures>)| {
             let reading = figures.reading();
             EngineSnapshot {
@@ -175,11 +186,14 @@ impl Observed {
                 waiting: counts.waiting,
                 prompt_tokens: counts.prompt_tokens,
                 output_tokens: counts.output_tokens,
-                handed_out: counts.handed_out,
-                wait_seconds: counts.wait.as_secs_f64(),
+                tokens_in_flight: counts.tokens_in_flight,
+                limit_tokens: self.shared.work.tenants.policy().limit(&name).unwrap_or(0),
+                wait_seconds: counts.wait,
             };
             (name.to_string(), tenant)
         });
+        let tenants: BTreeMap<_, _> = tenants.collect();
+        let grouped = tenants.values().map(|tenant| tenant.waiting).sum();
         PipelineSnapshot {
             name: self.name.clone(),
             model: self.model.clone(),
@@ -195,12 +209,16 @@ impl Observed {
             output_tokens: Counters::get(&counters.output_tokens),
             epochs_in_flight: self.shared.epochs.num_open() as u64,
             documents_in_flight: Counters::get(&counters.documents_in_flight),
+            bytes_in_flight: at_source.bytes_in_flight.load(Ordering::Relaxed),
             tokens_in_flight: self.shared.work.tokens.total(),
+            unrendered: at_source.num_unrendered.load(Ordering::Relaxed),
+            grouped,
+            is_held_back: at_source.is_held_back.load(Ordering::Relaxed),
             credit_documents: self.shared.credit.documents,
             credit_bytes: self.shared.credit.bytes,
             credit_tokens: self.shared.credit.tokens.unwrap_or(0),
             engines: self.shared.loads.iter().zip(&self.shared.figures).map(engine).collect(),
-            tenants: tenants.collect(),
+            tenants,
             kafka: self.kafka.as_ref().map(view),
             traces: self.tracer.as_ref().map(|tracer| tracer.snapshot()),
         }
@@ -222,6 +240,10 @@ fn view(stats: &KafkaStats) -> KafkaView {
     };
     KafkaView {
         partitions: snapshot.partitions.iter().map(partition).collect(),
+        // A member may be given none.
+        awaits_partitions: snapshot.reads_topics
+            && snapshot.num_rebalances == 0
+            && snapshot.partitions.is_empty(),
         is_paused: snapshot.is_paused,
         rebalances: snapshot.num_rebalances,
         records_read: snapshot.records_read,

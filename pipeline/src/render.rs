@@ -13,7 +13,7 @@
 pub mod sink;
 pub mod source;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -54,6 +54,7 @@ pub struct Shared {
     /// By step.
     pub demands: Vec<Arc<Demand>>,
     pub credit: CreditPlan,
+    pub at_source: Arc<AtSource>,
     /// Of the engines.
     pub loads: Vec<Arc<EngineLoad>>,
     pub figures: Vec<Arc<EngineFigures>>,
@@ -65,31 +66,51 @@ impl Shared {
     }
 }
 
+/// What the source sees now, for whoever looks at it from another thread.
+#[derive(Debug, Default)]
+pub struct AtSource {
+    /// Of the batches in flight.
+    pub bytes_in_flight: AtomicU64,
+    /// Batches in flight that are not rendered yet.
+    pub num_unrendered: AtomicU64,
+    /// A batch waits for credit.
+    pub is_held_back: AtomicBool,
+}
+
 /// Where an epoch ends in the input.
 #[derive(Clone, Debug)]
 pub struct EpochEnd {
     pub position: Position,
+    /// Each leaves as a result or as an error, unless the epoch is revoked.
+    pub num_documents: u64,
     /// Set when the epoch must not be written any more.
     pub revoked: Arc<AtomicBool>,
 }
 
 /// Where each open epoch ends in the input: written before its first document is emitted, read when it is
-/// committed.
-#[derive(Debug, Default)]
+/// committed. Epochs leave in the order of the input; inputs that are read side by side do not wait for each other.
+#[derive(Debug)]
 pub struct EpochLog {
-    ends: Mutex<BTreeMap<Epoch, EpochEnd>>,
+    /// By input, if they are read side by side.
+    open: Mutex<BTreeMap<u32, VecDeque<(Epoch, EpochEnd)>>>,
+    side_by_side: bool,
     latest: AtomicU64,
 }
 
 impl EpochLog {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Epoch, EpochEnd>> {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn new(side_by_side: bool) -> Self {
+        Self { open: Mutex::default(), side_by_side, latest: AtomicU64::new(0) }
     }
 
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, VecDeque<(Epoch, EpochEnd)>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Epochs come in their order.
     pub fn insert(&self, epoch: Epoch, end: EpochEnd) {
         self.latest.store(epoch, Ordering::Release);
-        let before = self.lock().insert(epoch, end);
-        assert!(before.is_none(), "an epoch is one batch");
+        let input = if self.side_by_side { end.position.file } else { 0 };
+        self.lock().entry(input).or_default().push_back((epoch, end));
     }
 
     /// The last epoch that was begun.
@@ -99,14 +120,16 @@ impl EpochLog {
 
     /// Epochs that are not handed to the output yet.
     pub fn num_open(&self) -> usize {
-        self.lock().len()
+        self.lock().values().map(VecDeque::len).sum()
     }
 
-    /// Takes the first epoch if `is_closed` says so of it.
-    pub fn take_first(&self, is_closed: impl Fn(Epoch) -> bool) -> Option<(Epoch, EpochEnd)> {
-        let mut ends = self.lock();
-        let first = ends.first_entry()?;
-        is_closed(*first.key()).then(|| first.remove_entry())
+    /// Takes the first epoch of an input of which `is_closed` says so.
+    pub fn take_first(&self, is_closed: impl Fn(Epoch, &EpochEnd) -> bool) -> Option<(Epoch, EpochEnd)> {
+        let mut open = self.lock();
+        let closed = |queue: &VecDeque<(Epoch, EpochEnd)>| {
+            queue.front().is_some_and(|(epoch, end)| is_closed(*epoch, end))
+        };
+        open.values_mut().find(|queue| closed(queue))?.pop_front()
     }
 }
 
@@ -160,4 +183,30 @@ pub fn render<'scope>(
     let probe = ProbeHandle::new();
     sink::write(documents, errors, output, shared).probe_with(&probe).connect_loop(handle);
     probe
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_epoch_keeps_back_its_own_input_alone() {
+        let end = |file, row| EpochEnd {
+            position: Position { file, row },
+            num_documents: 1,
+            revoked: Arc::default(),
+        };
+        let leaving = |side_by_side: bool, open: Epoch| {
+            let log = EpochLog::new(side_by_side);
+            for (epoch, file) in [0, 0, 1, 0, 1].into_iter().enumerate() {
+                log.insert(epoch as u64, end(file, epoch as u64));
+            }
+            let left = std::iter::from_fn(|| log.take_first(|epoch, _| epoch != open));
+            left.map(|(epoch, _)| epoch).collect::<Vec<_>>()
+        };
+        assert_eq!(leaving(true, 1), [0, 2, 4]);
+        assert_eq!(leaving(true, 2), [0, 1, 3]);
+        assert_eq!(leaving(false, 1), [0]);
+        assert_eq!(leaving(false, 9), [0, 1, 2, 3, 4]);
+    }
 }

@@ -111,6 +111,8 @@ pub enum RunError {
     },
     #[error(transparent)]
     Traces(#[from] TracesError),
+    #[error("the group took partitions away before their last results were committed")]
+    CutShort,
     #[error("the run failed: {0}")]
     Failed(String),
     #[error("a worker failed: {0}")]
@@ -126,6 +128,9 @@ impl RunError {
             Self::Source(error) => error.help(),
             Self::Kafka(error) => error.help(),
             Self::Traces(error) => error.help(),
+            Self::CutShort => Some(
+                "their new owner goes on there; run again to be sure of the end, answers are kept".to_owned(),
+            ),
             Self::Failed(_) => Some("what was finished is kept: mend the cause and run again".to_owned()),
             Self::Listen { .. } => {
                 Some("another process uses it: give another address with --listen".to_owned())
@@ -252,8 +257,9 @@ impl Pipeline {
         let start_tracer = |endpoint: &String| Tracer::start(endpoint, &plan.name, clock);
         let tracer = plan.traces.as_ref().map(start_tracer).transpose()?;
         let tracing = tracer.as_ref().map(|tracer| tracer.tracing(&plan.model_name, trace_parent));
-        let shared = share(&plan, journal, &lent, tracing, options, clock);
-        registry.add(&plan, &shared, kafka, tracer.clone());
+        let reads_topics = kafka.as_ref().is_some_and(|stats| stats.snapshot().reads_topics);
+        let shared = share(&plan, journal, &lent, tracing, reads_topics, options, clock);
+        registry.add(&plan, &shared, kafka.clone(), tracer.clone());
         let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
         let removes_journal = matches!(target, Target::Files { may_finish: true, .. });
         let limits = SinkLimits {
@@ -276,6 +282,10 @@ impl Pipeline {
             // All answers are in the output now. What is left behind costs space and nothing else.
             let _ = std::fs::remove_file(path);
         }
+        // What was read and is not written is another member's now, and whether it gets done is not known here.
+        if report.finished && kafka.is_some_and(|stats| stats.snapshot().is_cut_short()) {
+            return Err(RunError::CutShort);
+        }
         conclude(&shared, report, clock)
     }
 }
@@ -285,6 +295,7 @@ fn share(
     journal: Option<Journal>,
     lent: &Lent,
     tracing: Option<Tracing>,
+    reads_topics: bool,
     options: &RunOptions,
     clock: Clock,
 ) -> Shared {
@@ -316,13 +327,14 @@ fn share(
             stop,
             tracing,
         }),
-        epochs: Arc::new(EpochLog::default()),
+        epochs: Arc::new(EpochLog::new(reads_topics)),
         demands: plan
             .steps
             .iter()
             .map(|_| Arc::new(Demand::new(plan.devices.num_engines(), target, short)))
             .collect(),
         credit: plan.credit,
+        at_source: Arc::default(),
         loads: lent.handles.iter().map(|engine| Arc::clone(engine.load())).collect(),
         figures: lent.handles.iter().map(|engine| Arc::clone(engine.figures())).collect(),
     }

@@ -167,6 +167,9 @@ pub struct TenantsSpec {
     pub weights: BTreeMap<String, Spanned<u32>>,
     pub default_weight: Option<Spanned<u32>>,
     pub max_tokens_in_flight: Option<Spanned<u64>>,
+    /// The same of tenants by name.
+    #[serde(default)]
+    pub limits: BTreeMap<String, Spanned<u64>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -150,10 +150,12 @@ fn draw_pipeline(
     now: &PipelineSnapshot,
     seconds: f64,
 ) {
-    let state = match (&now.failed, &now.kafka) {
-        (Some(reason), _) => format!(" failed: {reason} ").fg(Color::Red),
-        (None, Some(kafka)) if kafka.is_paused => " source held back ".fg(Color::Yellow),
-        (None, _) => " running ".fg(Color::Green),
+    let is_paused = now.kafka.as_ref().is_some_and(|kafka| kafka.is_paused);
+    let state = match &now.failed {
+        Some(reason) => format!(" failed: {reason} ").fg(Color::Red),
+        None if is_paused => " source held back, partitions paused ".fg(Color::Yellow),
+        None if now.is_held_back => " source held back ".fg(Color::Yellow),
+        None => " running ".fg(Color::Green),
     };
     let title = Line::from(vec![format!(" {} ", now.name).bold(), format!("({})", now.model).into(), state]);
     let block = Block::bordered().title(title).title_bottom(" q quits ");
@@ -162,7 +164,7 @@ fn draw_pipeline(
     let kafka_height = now.kafka.as_ref().map_or(0, |kafka| kafka.partitions.len().min(MAX_PARTITIONS) + 3);
     let tenants_height = if now.tenants.len() > 1 { now.tenants.len().min(MAX_TENANTS) + 2 } else { 0 };
     let [operators, credit, kv, kafka, tenants] = Layout::vertical([
-        Constraint::Length(9),
+        Constraint::Length(11),
         Constraint::Length(1),
         Constraint::Length(now.engines.len().max(1) as u16),
         Constraint::Length(kafka_height as u16),
@@ -172,9 +174,11 @@ fn draw_pipeline(
     draw_operators(frame, operators, before, now, seconds);
     let used = now.documents_in_flight as f64 / now.credit_documents.max(1) as f64;
     let label = format!(
-        "credit {} of {} documents, {} tokens, {} epochs",
+        "credit {} of {} documents, {} of {} MiB, {} tokens, {} epochs",
         thousands(now.documents_in_flight),
         thousands(now.credit_documents),
+        now.bytes_in_flight >> 20,
+        now.credit_bytes >> 20,
         thousands(now.tokens_in_flight),
         now.epochs_in_flight
     );
@@ -218,9 +222,16 @@ fn draw_operators(
             Cell::from(Line::from(format!("{}/s", thousands(rate.round() as u64))).right_aligned()),
         ])
     };
+    // What is there now has no rate.
+    let level = |name: &'static str, what: &'static str, value: u64| {
+        let value = Cell::from(Line::from(thousands(value)).right_aligned());
+        Row::new([Cell::from(name), Cell::from(what), value, Cell::default()])
+    };
     let rows = [
         row("source", "documents", |one| one.documents_read),
+        level("tokenize", "batches waiting", now.unrendered),
         row("recall", "from the journal", |one| one.recalled),
+        level("group", "documents waiting", now.grouped),
         row("infer", "prompt tokens", |one| one.prompt_tokens),
         row("", "computed", |one| one.computed_tokens),
         row("", "reused", |one| one.reused_tokens),
@@ -279,17 +290,17 @@ fn draw_tenants(frame: &mut Frame<'_>, area: Rect, now: &PipelineSnapshot) {
         return;
     }
     let rows = now.tenants.iter().take(MAX_TENANTS).map(|(name, tenant)| {
-        let wait = tenant.wait_seconds / tenant.handed_out.max(1) as f64;
+        let wait = tenant.wait_seconds.sum / tenant.wait_seconds.count().max(1) as f64;
         Row::new([
             name.clone(),
             thousands(tenant.documents),
             thousands(tenant.waiting),
+            thousands(tenant.tokens_in_flight),
             format!("{wait:.2} s"),
         ])
     });
-    let widths =
-        [Constraint::Length(28), Constraint::Length(12), Constraint::Length(12), Constraint::Length(12)];
-    let header = Row::new(["tenant", "documents", "waiting", "mean wait"]).underlined();
+    let widths = [28, 12, 12, 12, 12].map(Constraint::Length);
+    let header = Row::new(["tenant", "documents", "waiting", "tokens", "mean wait"]).underlined();
     frame.render_widget(Table::new(rows, widths).header(header), area);
 }
 
@@ -313,6 +324,7 @@ mod tests {
             documents_done: done,
             documents_in_flight: 1024,
             credit_documents: 4096,
+            grouped: 700,
             engines: vec![EngineSnapshot {
                 kv_pages_total: 100,
                 kv_pages_in_use: 25,
@@ -337,11 +349,17 @@ mod tests {
             "1,024 of 4,096 documents",
             "25 of 100 pages",
             "lag 12,350",
+            "group      documents waiting                 700",
         ] {
             assert!(view.contains(words), "{words} is not in\n{view}");
         }
         let most = view.find("articles-1").unwrap();
         assert!(most < view.find("articles-0").unwrap(), "the most lag comes first");
+        let mut full = taken(0, 1);
+        full.snapshot.pipelines[0].kafka = None;
+        assert!(text(&full, &full, 90, 24).contains("(fake) running"));
+        full.snapshot.pipelines[0].is_held_back = true;
+        assert!(text(&full, &full, 90, 24).contains("(fake) source held back"), "whatever the source is");
         // A small screen shows less and does not fail.
         text(&taken(0, 0), &taken(1, 0), 20, 5);
         text(&Taken::default(), &Taken::default(), 1, 1);

@@ -29,7 +29,8 @@ pub struct Broker {
 impl Broker {
     /// Starts one; `num_proxies` are listeners that tell clients to come to a proxy's port.
     pub fn start(num_proxies: usize) -> Self {
-        Self::start_with(&["--proxies", &num_proxies.to_string()])
+        // It may be killed, which a container does not survive.
+        Self::start_with(&["--jars", "--proxies", &num_proxies.to_string()])
     }
 
     /// Starts one that also listens with TLS and SCRAM.
@@ -47,7 +48,7 @@ impl Broker {
     /// The one that all tests of a binary share.
     pub fn shared() -> &'static Self {
         static BROKER: OnceLock<Broker> = OnceLock::new();
-        BROKER.get_or_init(|| Self::start(0))
+        BROKER.get_or_init(|| Self::start_with(&[]))
     }
 
     fn run_start(&mut self, args: &[&str]) {
@@ -127,10 +128,14 @@ impl Broker {
         tools::read_all(&self.cluster(), topic).expect("the broker gives records")
     }
 
+    pub fn has_open_transaction(&self, topic: &str) -> bool {
+        tools::has_open_transaction(&self.cluster(), topic).expect("the broker knows the topic")
+    }
+
     /// Waits for the last transactions: a producer is told of a commit before all partitions are.
     pub fn await_transactions(&self, topic: &str) {
         for _ in 0..200 {
-            if !tools::has_open_transaction(&self.cluster(), topic).expect("the broker knows the topic") {
+            if !self.has_open_transaction(topic) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -149,6 +154,9 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        let _ = Command::new("kill").args(["-9", &self.pid()]).status();
+        let _ = match std::fs::read_to_string(self.folder.path().join("container")) {
+            Ok(container) => Command::new("docker").args(["rm", "--force", container.trim()]).status(),
+            Err(_) => Command::new("kill").args(["-9", &self.pid()]).status(),
+        };
     }
 }

@@ -101,9 +101,18 @@ impl Pipeline {
 
     /// Journal keys of the prompts that a run has given to its engine, from its log of the ledger.
     pub fn computed(&self, log: &str) -> Vec<String> {
+        self.ledger(log).into_iter().map(|(key, _)| key).collect()
+    }
+
+    /// The same with the tokens of each. A line that is not whole yet is left out.
+    pub fn ledger(&self, log: &str) -> Vec<(String, usize)> {
         let text = fs::read_to_string(self.path(log)).expect("the run has a log");
-        let keys = text.lines().filter_map(|line| line.split("key=").nth(1)?.split_whitespace().next());
-        keys.map(str::to_owned).collect()
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let entry = |line: &str| {
+            let (key, tokens) = line.split("key=").nth(1)?.split_once(" tokens=")?;
+            Some((key.to_owned(), tokens.trim().parse().ok()?))
+        };
+        whole.lines().filter_map(entry).collect()
     }
 
     /// Rows of a JSONL output, in order; none if there is no such file.

@@ -93,8 +93,9 @@ fn a_run_shows_its_figures_and_traces() {
         ("vllm:e2e_request_latency_seconds_count", 100.0),
         ("vllm:request_success_total", 100.0),
         ("vllm:prompt_tokens_total", 1000.0),
-        ("vllm:iteration_tokens_sum", 1000.0),
+        ("vllm:iteration_tokens_total_sum", 1000.0),
         ("tidemill_tenant_documents_total", 100.0),
+        ("tidemill_tenant_wait_seconds_count", 100.0),
         ("tidemill_kafka_transactions_committed_total", 1.0),
         ("tidemill_credit_bytes", 1.0),
     ] {

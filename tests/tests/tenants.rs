@@ -30,11 +30,14 @@ fn answers_do_not_depend_on_tenants_nor_on_their_limits() {
     let expected = answers("", "1");
     assert_eq!(expected.lines().count(), 300);
     // Less than one prompt: they go one by one.
-    for (limit, workers) in [("1", "2"), ("100", "1"), ("1000000", "2")] {
-        let tenants = format!(
-            "tenants: {{ by: '{{{{ tenant }}}}', weights: {{ small: 3 }}, max_tokens_in_flight: {limit} }}\n"
-        );
-        assert_eq!(answers(&tenants, workers), expected, "with a limit of {limit}");
+    for (limit, workers) in [
+        ("max_tokens_in_flight: 1", "2"),
+        ("max_tokens_in_flight: 100", "1"),
+        ("max_tokens_in_flight: 1000000", "2"),
+        ("limits: { large: 1, small: 200 }", "1"),
+    ] {
+        let tenants = format!("tenants: {{ by: '{{{{ tenant }}}}', weights: {{ small: 3 }}, {limit} }}\n");
+        assert_eq!(answers(&tenants, workers), expected, "{limit}");
     }
 }
 
@@ -44,6 +47,7 @@ fn what_is_wrong_with_tenants_is_said_at_its_place() {
         ("{ by: '{{ tenent }}' }", ["unknown column \"tenent\"", "did you mean \"tenant\"?"]),
         ("{ by: '{{ a }}' }", ["unknown column \"a\"", "there are"]),
         ("{ by: '{{ tenant }}', weights: { small: 0 } }", ["tenants.weights.small is 0", "at least 1"]),
+        ("{ by: '{{ tenant }}', limits: { small: 0 } }", ["tenants.limits.small is 0", "at least 1"]),
         ("{ by: '{{ tenant }}', default_weight: 1001 }", ["tenants.default_weight is 1001", "at most 1000"]),
     ] {
         let pipeline = pipeline(&format!("tenants: {tenants}\n"));

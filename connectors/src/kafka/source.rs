@@ -13,8 +13,9 @@ use std::time::Duration;
 use arrow::datatypes::SchemaRef;
 use rdkafka::Message;
 use rdkafka::error::KafkaError as Client;
-use rdkafka::message::OwnedMessage;
+use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::{Offset, TopicPartitionList};
 
 use super::KafkaError;
 use super::assignment::Partition;
@@ -22,7 +23,7 @@ use super::config::{Cluster, reason};
 use super::format::{DecodeError, Decoder};
 use super::group::{Group, SharedGroup, Start};
 use super::rows::{RowsBuilder, kafka_schema};
-use super::stats::KafkaStats;
+use super::stats::{KafkaStats, PartitionStats};
 use crate::source::{
     BatchLimits, Checkpoint, InputFile, InputNames, Position, Read, Source, SourceBatch, SourceError,
 };
@@ -35,6 +36,8 @@ const PAUSE_AFTER: Duration = Duration::from_secs(1);
 const MAX_IDLE: Duration = Duration::from_secs(10);
 /// Between two questions to a schema registry that does not answer.
 const REGISTRY_WAIT: Duration = Duration::from_millis(500);
+/// Between two looks at what others have committed of partitions that were ours.
+const COMMITTED_WAIT: Duration = Duration::from_secs(1);
 /// The most records that are taken from the client at a time, in all partitions.
 const MAX_RECORDS: usize = 4096;
 
@@ -76,6 +79,11 @@ pub struct KafkaSource {
     version: u64,
     /// Where to stop in each partition, and whether it was reached.
     ends: BTreeMap<Partition, End>,
+    /// Where the batches that were given out end.
+    given: BTreeMap<Partition, Given>,
+    /// The same of partitions that were taken away with work of ours.
+    lost: BTreeMap<Partition, i64>,
+    since_committed: Duration,
     /// Records that came while partitions were being paused, or that wait for the schema registry, with their leases.
     ahead: VecDeque<(OwnedMessage, Option<Arc<AtomicBool>>)>,
     /// The first of them cannot be decoded before it answers.
@@ -83,10 +91,18 @@ pub struct KafkaSource {
     ready: VecDeque<SourceBatch>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct End {
     offset: i64,
     is_reached: bool,
+    /// Who comes back under another lease is read again from where it was committed.
+    lease: Arc<AtomicBool>,
+}
+
+#[derive(Clone, Debug)]
+struct Given {
+    end: i64,
+    lease: Arc<AtomicBool>,
 }
 
 /// Rows of one partition under one lease.
@@ -105,6 +121,7 @@ impl KafkaSource {
         stats: KafkaStats,
     ) -> Result<Self, KafkaError> {
         let names = InputNames::default();
+        stats.lock().reads_topics = true;
         let group = Group::new(&spec.cluster, &spec.group, spec.start, names.clone(), stats.clone())?;
         Ok(Self {
             schema: kafka_schema(decoder.is_json()),
@@ -121,6 +138,9 @@ impl KafkaSource {
             idle: Duration::ZERO,
             version: 0,
             ends: BTreeMap::new(),
+            given: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            since_committed: COMMITTED_WAIT,
             ahead: VecDeque::new(),
             awaits_registry: false,
             ready: VecDeque::new(),
@@ -169,7 +189,12 @@ impl KafkaSource {
             let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
             self.group.subscribe(&topics)
         } else {
-            self.group.take_all(partitions, &self.offsets)
+            self.group.take_all(partitions.clone(), &self.offsets)?;
+            // No rebalance will tell of them.
+            let mut stats = self.stats.lock();
+            stats.partitions =
+                partitions.into_iter().map(|partition| (partition, PartitionStats::default())).collect();
+            Ok(())
         }
     }
 
@@ -196,7 +221,14 @@ impl KafkaSource {
             return Ok(());
         }
         self.version = assignment.version();
-        self.ends.retain(|partition, _| assignment.get(partition).is_some());
+        let is_held = |partition: &Partition, lease: &Arc<AtomicBool>| {
+            assignment.get(partition).is_some_and(|assigned| Arc::ptr_eq(&assigned.revoked, lease))
+        };
+        self.ends.retain(|partition, end| is_held(partition, &end.lease));
+        let lost = self.given.extract_if(.., |partition, given| !is_held(partition, &given.lease));
+        self.lost.extend(lost.map(|(partition, given)| (partition, given.end)));
+        // What comes back is read again.
+        self.lost.retain(|partition, _| assignment.get(partition).is_none());
         drop(assignment);
         self.idle = Duration::ZERO;
         // The client remembers of a partition that comes back that it was paused when it went.
@@ -219,9 +251,11 @@ impl KafkaSource {
     /// `None` if the broker cannot be asked now.
     fn end_of(&mut self, partition: &Partition) -> Result<Option<&mut End>, SourceError> {
         if !self.ends.contains_key(partition) {
+            let lease = self.group.assignment().get(partition).map(|assigned| Arc::clone(&assigned.revoked));
+            let Some(lease) = lease else { return Ok(None) };
             match self.group.end_of(partition) {
                 Ok(offset) => {
-                    self.ends.insert(partition.clone(), End { offset, is_reached: offset == 0 });
+                    self.ends.insert(partition.clone(), End { offset, is_reached: offset == 0, lease });
                 }
                 Err(error) => self.bear(&error)?,
             }
@@ -245,7 +279,35 @@ impl KafkaSource {
                 return Ok(false);
             }
         }
-        Ok(!assigned.is_empty() || self.idle >= MAX_IDLE)
+        Ok((!assigned.is_empty() || self.idle >= MAX_IDLE) && self.is_lost_work_done()?)
+    }
+
+    /// Whether others have done what was taken away from us; if they do not, it comes back.
+    fn is_lost_work_done(&mut self) -> Result<bool, SourceError> {
+        if self.lost.is_empty() {
+            return Ok(true);
+        }
+        self.since_committed += MAX_WAIT;
+        if self.since_committed < COMMITTED_WAIT {
+            return Ok(false);
+        }
+        self.since_committed = Duration::ZERO;
+        tracing::info!(
+            partitions = self.lost.len(),
+            "waiting for others to commit what they have taken over"
+        );
+        let mut list = TopicPartitionList::new();
+        for partition in self.lost.keys() {
+            list.add_partition(&partition.topic, partition.number);
+        }
+        match self.group.committed(list) {
+            Ok(found) => self.lost.retain(|partition, end| {
+                let committed = found.find_partition(&partition.topic, partition.number);
+                !committed.is_some_and(|one| matches!(one.offset(), Offset::Offset(offset) if offset >= *end))
+            }),
+            Err(error) => self.bear(&error)?,
+        }
+        Ok(self.lost.is_empty())
     }
 
     /// Takes what the client has and makes batches of it.
@@ -372,7 +434,7 @@ impl KafkaSource {
             input: assigned.input,
             rows: RowsBuilder::new(Arc::clone(&self.schema), self.batch_rows),
         });
-        *num_bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
+        *num_bytes += num_bytes_of(message);
         chunk.rows.push(message, decoded);
         Ok(Some(chunk.rows.len() >= self.batch_rows || *num_bytes >= self.limits.max_bytes))
     }
@@ -415,8 +477,20 @@ impl KafkaSource {
     }
 }
 
+fn num_bytes_of(message: &impl Message) -> usize {
+    let len = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
+    let headers = message.headers();
+    let headers = headers.iter().flat_map(|headers| headers.iter());
+    let in_headers: usize = headers.map(|header| header.key.len() + len(header.value)).sum();
+    len(message.payload()) + len(message.key()) + in_headers
+}
+
 impl Drop for KafkaSource {
     fn drop(&mut self) {
+        {
+            let mut stats = self.stats.lock();
+            stats.canceled_at_end = Some(stats.epochs_canceled);
+        }
         self.group.leave_polling();
     }
 }
@@ -452,6 +526,10 @@ impl Source for KafkaSource {
         }
     }
 
+    fn reads_on(&self) -> bool {
+        self.spec.is_member
+    }
+
     fn next_batch(&mut self) -> Result<Option<SourceBatch>, SourceError> {
         loop {
             match self.read()? {
@@ -482,7 +560,9 @@ impl Source for KafkaSource {
                 let mut stats = self.stats.lock();
                 stats.records_read += (batch.row_numbers.len() + batch.rejected.len()) as u64;
                 if let Some(partition) = Partition::parse(&self.names.get(batch.file)) {
-                    stats.partitions.entry(partition).or_default().position = Some(batch.end.row as i64);
+                    let end = batch.end.row as i64;
+                    stats.partitions.entry(partition.clone()).or_default().position = Some(end);
+                    self.given.insert(partition, Given { end, lease: Arc::clone(&batch.revoked) });
                 }
                 return Ok(Read::Batch(batch));
             }

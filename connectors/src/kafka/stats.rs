@@ -31,6 +31,8 @@ impl PartitionStats {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KafkaSnapshot {
     pub partitions: BTreeMap<Partition, PartitionStats>,
+    /// There are topics to read; which partitions of them may not be known yet.
+    pub reads_topics: bool,
     /// Partitions are held back since nobody takes more.
     pub is_paused: bool,
     pub num_rebalances: u64,
@@ -42,7 +44,8 @@ pub struct KafkaSnapshot {
     pub producers_fenced: u64,
     /// The batches of lost partitions that were thrown away.
     pub epochs_canceled: u64,
-    pub last_commit_ms: u64,
+    /// How many of them there were when reading had ended.
+    pub canceled_at_end: Option<u64>,
 }
 
 /// Shared by the clients.
@@ -58,6 +61,13 @@ impl PartitionStats {
     }
 }
 
+impl KafkaSnapshot {
+    /// Whether batches were thrown away when nobody read any more, so that they were not read again either.
+    pub fn is_cut_short(&self) -> bool {
+        self.canceled_at_end.is_some_and(|before| self.epochs_canceled > before)
+    }
+}
+
 impl KafkaStats {
     pub fn snapshot(&self) -> KafkaSnapshot {
         self.lock().clone()
@@ -65,5 +75,20 @@ impl KafkaStats {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, KafkaSnapshot> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_canceled_while_reading_is_read_again_and_what_is_canceled_later_is_not() {
+        let mut snapshot = KafkaSnapshot { epochs_canceled: 3, ..KafkaSnapshot::default() };
+        assert!(!snapshot.is_cut_short());
+        snapshot.canceled_at_end = Some(3);
+        assert!(!snapshot.is_cut_short());
+        snapshot.epochs_canceled = 4;
+        assert!(snapshot.is_cut_short());
     }
 }

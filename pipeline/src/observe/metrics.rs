@@ -49,18 +49,31 @@ impl Collector for SnapshotCollector {
                 }
             }
         }
+        let engines = labeled_engines(&self.0);
         for (name, help, histogram) in HISTOGRAMS {
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-            for (labels, engine) in labeled_engines(&self.0) {
-                let histogram = histogram(engine);
-                let bounds = histogram.bounds.iter().copied().chain([f64::INFINITY]);
-                let buckets: Vec<(f64, u64)> = bounds.zip(histogram.counts.iter().copied()).collect();
-                let mut encoder = family.encode_family(&labels)?;
-                encoder.encode_histogram::<Labels>(histogram.sum, histogram.count(), &buckets, None)?;
-            }
+            let samples = engines.iter().map(|(labels, engine)| (labels, histogram(engine)));
+            encode_histograms(&mut encoder, name, help, samples)?;
         }
-        Ok(())
+        let tenants = labeled_tenants(&self.0);
+        let waits = tenants.iter().map(|(labels, tenant)| (labels, &tenant.wait_seconds));
+        encode_histograms(&mut encoder, "tidemill_tenant_wait_seconds", "How long prompts have waited", waits)
     }
+}
+
+fn encode_histograms<'a>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    samples: impl Iterator<Item = (&'a Labels, &'a Histogram)>,
+) -> Result<(), std::fmt::Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+    for (labels, histogram) in samples {
+        let bounds = histogram.bounds.iter().copied().chain([f64::INFINITY]);
+        let buckets: Vec<(f64, u64)> = bounds.zip(histogram.counts.iter().copied()).collect();
+        let mut encoder = family.encode_family(labels)?;
+        encoder.encode_histogram::<Labels>(histogram.sum, histogram.count(), &buckets, None)?;
+    }
+    Ok(())
 }
 
 type OfEngine = fn(&EngineSnapshot) -> &Histogram;
@@ -71,7 +84,7 @@ const HISTOGRAMS: [(&str, &str, OfEngine); 4] = [
     ("vllm:e2e_request_latency_seconds", "From the engine's taking a prompt to the whole answer", |engine| {
         &engine.e2e_latency
     }),
-    ("vllm:iteration_tokens", "Tokens of a forward pass", |engine| &engine.step_tokens),
+    ("vllm:iteration_tokens_total", "Tokens of a forward pass", |engine| &engine.step_tokens),
     ("tidemill_step_seconds", "Time of a forward pass", |engine| &engine.step_seconds),
 ];
 
@@ -128,6 +141,12 @@ fn pipelines(snapshot: &Snapshot) -> Vec<Metric> {
         }),
         gauge("tidemill_documents_in_flight", "Documents read and not written", |one| {
             one.documents_in_flight
+        }),
+        gauge("tidemill_bytes_in_flight", "Bytes of the rows in flight", |one| one.bytes_in_flight),
+        gauge("tidemill_batches_unrendered", "Batches that wait for their prompts", |one| one.unrendered),
+        gauge("tidemill_prompts_grouped", "Prompts that wait until an engine has room", |one| one.grouped),
+        gauge("tidemill_held_back", "1 while what is read waits for credit", |one| {
+            u64::from(one.is_held_back)
         }),
         gauge("tidemill_tokens_in_flight", "Tokens of the prompts in flight", |one| one.tokens_in_flight),
         gauge("tidemill_credit_documents", "The most documents that may be in flight", |one| {
@@ -205,16 +224,18 @@ fn engines(snapshot: &Snapshot) -> Vec<Metric> {
     ]
 }
 
+fn labeled_tenants(snapshot: &Snapshot) -> Vec<(Labels, &TenantSnapshot)> {
+    let of_pipeline = |pipeline: &PipelineSnapshot, name: &String| {
+        vec![("pipeline", pipeline.name.clone()), ("tenant", name.clone())]
+    };
+    let tenants = snapshot.pipelines.iter().flat_map(|pipeline| {
+        pipeline.tenants.iter().map(move |(name, tenant)| (of_pipeline(pipeline, name), tenant))
+    });
+    tenants.collect()
+}
+
 fn tenants(snapshot: &Snapshot) -> Vec<Metric> {
-    let items: Vec<(Labels, &TenantSnapshot)> = snapshot
-        .pipelines
-        .iter()
-        .flat_map(|pipeline| {
-            pipeline.tenants.iter().map(|(name, tenant)| {
-                (vec![("pipeline", pipeline.name.clone()), ("tenant", name.clone())], tenant)
-            })
-        })
-        .collect();
+    let items = labeled_tenants(snapshot);
     let value = |is_counter, name, help, value: fn(&TenantSnapshot) -> f64| {
         metric(&items, is_counter, name, help, move |tenant| Some(value(tenant)))
     };
@@ -222,8 +243,13 @@ fn tenants(snapshot: &Snapshot) -> Vec<Metric> {
         value(true, "tidemill_tenant_documents", "Documents answered", |one| one.documents as f64),
         value(true, "tidemill_tenant_prompt_tokens", "Prompt tokens", |one| one.prompt_tokens as f64),
         value(true, "tidemill_tenant_generation_tokens", "Answer tokens", |one| one.output_tokens as f64),
-        value(true, "tidemill_tenant_wait_seconds", "Time that prompts have waited", |one| one.wait_seconds),
         value(false, "tidemill_tenant_waiting", "Prompts that wait", |one| one.waiting as f64),
+        value(false, "tidemill_tenant_tokens_in_flight", "Tokens in engines", |one| {
+            one.tokens_in_flight as f64
+        }),
+        value(false, "tidemill_tenant_limit_tokens", "The most tokens in engines; 0: no limit", |one| {
+            one.limit_tokens as f64
+        }),
     ]
 }
 
@@ -279,81 +305,4 @@ fn kafka(snapshot: &Snapshot) -> Vec<Metric> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-
-    fn full() -> Snapshot {
-        let partition = PartitionView {
-            topic: "articles".to_owned(),
-            partition: 3,
-            position: Some(40),
-            committed: Some(30),
-            end: Some(50),
-            lag: Some(20),
-        };
-        let mut time_to_first_token = Histogram::new(&[0.5]);
-        [0.2, 0.7].into_iter().for_each(|seconds| time_to_first_token.observe(seconds));
-        let pipeline = PipelineSnapshot {
-            name: "news".to_owned(),
-            model: "fake".to_owned(),
-            prompt_tokens: 7,
-            engines: vec![EngineSnapshot {
-                kv_pages_total: 4,
-                kv_pages_in_use: 1,
-                stopped: 3,
-                time_to_first_token,
-                ..EngineSnapshot::default()
-            }],
-            tenants: [("acme".to_owned(), TenantSnapshot::default())].into(),
-            kafka: Some(KafkaView { partitions: vec![partition], ..KafkaView::default() }),
-            ..PipelineSnapshot::default()
-        };
-        Snapshot { pipelines: vec![pipeline] }
-    }
-
-    #[test]
-    fn figures_have_their_names_and_labels() {
-        let text = encode(full());
-        for line in [
-            "vllm:prompt_tokens_total{pipeline=\"news\",model_name=\"fake\"} 7",
-            "vllm:kv_cache_usage_perc{pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 0.25",
-            "vllm:request_success_total{pipeline=\"news\",model_name=\"fake\",engine=\"0\",finished_reason=\"stop\"} 3",
-            "vllm:time_to_first_token_seconds_bucket{le=\"0.5\",pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 1",
-            "vllm:time_to_first_token_seconds_bucket{le=\"+Inf\",pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 2",
-            "tidemill_kafka_lag{pipeline=\"news\",topic=\"articles\",partition=\"3\"} 20",
-            "tidemill_tenant_documents_total{pipeline=\"news\",tenant=\"acme\"} 0",
-        ] {
-            assert!(text.contains(line), "{line} is not in\n{text}");
-        }
-        assert!(text.ends_with("# EOF\n"));
-    }
-
-    #[test]
-    fn dashboard_and_alerts_ask_for_metrics_that_exist() {
-        let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
-        let read = |name: &str| std::fs::read_to_string(deploy.join(name)).unwrap();
-        let dashboard: serde_json::Value = serde_json::from_str(&read("grafana/tidemill.json")).unwrap();
-        let panels = dashboard["panels"].as_array().unwrap().iter();
-        let targets = panels.flat_map(|panel| panel["targets"].as_array().unwrap());
-        let mut queries: Vec<String> =
-            targets.map(|target| target["expr"].as_str().unwrap().to_owned()).collect();
-        let alerts = read("prometheus-alerts.yaml");
-        queries
-            .extend(alerts.lines().filter_map(|line| line.trim().strip_prefix("expr:")).map(str::to_owned));
-        let text = encode(full());
-        let mut num_names = 0;
-        for query in &queries {
-            let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
-            let names = query
-                .split(|c| !is_name(c))
-                .filter(|name| name.starts_with("vllm:") || name.starts_with("tidemill_"));
-            for name in names {
-                num_names += 1;
-                assert!(text.contains(&format!("\n{name}{{")), "{name} is asked for and does not exist");
-            }
-        }
-        assert!(num_names > 11, "{queries:?}");
-    }
-}
+mod tests;

@@ -91,9 +91,7 @@ async fn healthy(State(registry): State<Registry>) -> Response {
 /// Ready is who has its model and its partitions.
 async fn ready(State(registry): State<Registry>) -> Response {
     let Snapshot { pipelines } = registry.snapshot();
-    let waits = pipelines.iter().find(|pipeline| {
-        pipeline.kafka.as_ref().is_some_and(|kafka| kafka.rebalances == 0 && kafka.records_read == 0)
-    });
+    let waits = pipelines.iter().find(|one| one.kafka.as_ref().is_some_and(|kafka| kafka.awaits_partitions));
     match (pipelines.is_empty(), waits) {
         (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "loading the model\n".to_owned()).into_response(),
         (false, Some(pipeline)) => {

@@ -33,5 +33,10 @@ pub(super) fn tenants(definition: &Definition, schema: &Schema) -> Result<Option
     policy.default_weight = default_weight.unwrap_or(policy.default_weight);
     let (limit, key) = (spec.max_tokens_in_flight.as_ref(), "tenants.max_tokens_in_flight");
     policy.max_tokens_in_flight = at_least(definition, limit, 1, key, |tokens| *tokens)?;
+    for (name, value) in &spec.limits {
+        let limit =
+            at_least(definition, Some(value), 1, &format!("tenants.limits.{name}"), |tokens| *tokens)?;
+        policy.limits.extend(limit.map(|limit| (name.clone(), limit)));
+    }
     Ok(Some(policy))
 }

@@ -1,10 +1,10 @@
 //! Writes what is finished, epoch by epoch, on a thread of its own.
 //!
-//! An epoch is handed over when the frontier has passed it, so it is complete and in the order of the
-//! input. Its capability is kept until the thread has taken it over: the credit counts a document until
+//! An epoch is handed over when all its documents are here, or the frontier has passed it and what is missing was canceled;
+//! epochs of one input in its order. Its capability is kept until the thread has taken it over: the credit counts a document until
 //! then. Results and errors of an epoch are committed together, with the position where it ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -118,7 +118,8 @@ pub fn start(
         clock,
         written: Arc::clone(&written),
         since: None,
-        last_epoch: 0,
+        next_epoch: 0,
+        later_epochs: BTreeSet::new(),
         rotated_at: 0,
     };
     let thread = std::thread::Builder::new().name("sink".to_owned()).spawn(move || {
@@ -145,8 +146,9 @@ struct Writer {
     written: Arc<Written>,
     /// When the first of the staged rows came.
     since: Option<Duration>,
-    /// The last epoch that was staged, and the one that the journal was last rotated at.
-    last_epoch: Epoch,
+    /// The first epoch that is not staged, those after it that are, and the one that the journal was last rotated at.
+    next_epoch: Epoch,
+    later_epochs: BTreeSet<Epoch>,
     rotated_at: Epoch,
 }
 
@@ -214,6 +216,10 @@ impl Writer {
             ready.documents.sort_by_key(|document| document.id);
             self.stage(ready)?;
         }
+        self.later_epochs.insert(epoch);
+        while self.later_epochs.remove(&self.next_epoch) {
+            self.next_epoch += 1;
+        }
         self.since.get_or_insert(self.clock.elapsed());
         let is_due =
             self.since.is_some_and(|since| self.clock.elapsed() - since >= self.limits.commit_interval);
@@ -226,7 +232,7 @@ impl Writer {
     }
 
     fn stage(&mut self, ready: Ready) -> Result<(), WriteError> {
-        let Ready { epoch, end, documents, mut errors } = ready;
+        let Ready { end, documents, mut errors, .. } = ready;
         let num_documents = documents.len() as u64;
         let mut num_refused = 0;
         match &mut self.target {
@@ -261,7 +267,6 @@ impl Writer {
         self.report.errors += num_errors;
         Counters::add(&self.shared.counters.documents_done, num_rows);
         Counters::add(&self.shared.counters.errors, num_errors);
-        self.last_epoch = epoch;
         Ok(())
     }
 
@@ -282,7 +287,7 @@ impl Writer {
     /// `rotated_at`, so it is of no use when those are committed.
     fn rotate_journal(&mut self) -> Result<(), WriteError> {
         let Some(journal) = &self.shared.journal else { return Ok(()) };
-        if self.last_epoch >= self.rotated_at && journal.len() >= MAX_JOURNAL_ANSWERS {
+        if self.next_epoch > self.rotated_at && journal.len() >= MAX_JOURNAL_ANSWERS {
             self.rotated_at = self.shared.epochs.latest();
             journal.rotate()?;
         }
@@ -353,11 +358,17 @@ pub fn write<'scope>(
                     epoch.capability.get_or_insert(capability);
                 });
                 let Some(output) = &output else { return };
-                let is_closed = |epoch: Epoch| {
-                    !documents_frontier.frontier().less_equal(&epoch)
-                        && !errors_frontier.frontier().less_equal(&epoch)
+                let is_closed = |epoch: Epoch, end: &EpochEnd| {
+                    let num_here = |one: &Arrived| (one.documents.len() + one.errors.len()) as u64;
+                    arrived.get(&epoch).is_some_and(|one| num_here(one) == end.num_documents)
+                        || !documents_frontier.frontier().less_equal(&epoch)
+                            && !errors_frontier.frontier().less_equal(&epoch)
                 };
-                while let Some((epoch, end)) = epochs.take_first(is_closed) {
+                let mut closed = Vec::new();
+                while let Some(found) = epochs.take_first(is_closed) {
+                    closed.push(found);
+                }
+                for (epoch, end) in closed {
                     let Arrived { documents, errors, capability } =
                         arrived.remove(&epoch).unwrap_or_default();
                     handed_over.extend(capability.map(|capability| (epoch, capability)));

@@ -4,8 +4,11 @@
 //! while documents, bytes and tokens in flight stay within the credit; otherwise batches wait in a short channel
 //! and the reading thread waits with them. So memory does not depend on the length of the input.
 
+mod pace;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -24,9 +27,10 @@ use timely::dataflow::operators::generic::builder_rc::OperatorBuilder;
 use timely::dataflow::{Stream, StreamVec};
 use timely::scheduling::SyncActivator;
 
-use super::{EpochEnd, Shared};
+use super::{AtSource, EpochEnd, Shared};
 use crate::clock::Clock;
 use crate::plan::CreditPlan;
+use pace::Pace;
 
 /// Without a credit in tokens, so many fillings of the KV cache may be in flight, and as many of what is free of it: a
 /// busy engine reads less far ahead. Prompts are grouped by prefix over what was read, so it is far.
@@ -35,11 +39,6 @@ const KV_FILLINGS: u64 = 64;
 const MAX_UNRENDERED: usize = 2;
 /// Batches that wait outside the dataflow.
 const MAX_BATCHES_AHEAD: usize = 4;
-/// A batch of a stream is what is written in this time, as far as the source has so much: large enough to cost little
-/// for each row, and small enough to be committed soon however slow the model is.
-const BATCH_TIME: Duration = Duration::from_millis(20);
-/// A slow pipeline's batches have so many rows, so that prefixes meet.
-const MIN_BATCH_ROWS: usize = 64;
 
 /// A source that is ready to be read.
 pub struct SourceThread {
@@ -63,24 +62,25 @@ impl SourceThread {
         self.source.num_rows().is_none()
     }
 
-    fn start(mut self, shared: &Shared, operator: SyncActivator) -> Receiver<SourceBatch> {
+    fn start(self, shared: &Shared, operator: SyncActivator) -> Receiver<SourceBatch> {
+        let Self { mut source, threads, clock } = self;
         let (batches, queue) = bounded(MAX_BATCHES_AHEAD);
         let (shared, failure) = (shared.clone(), shared.failure.clone());
         let reported = failure.clone();
         let thread = std::thread::Builder::new().name("source".to_owned()).spawn(move || {
             let _watch = failure.watch("source");
-            if let Err(error) =
-                pump(self.source.as_mut(), &batches, &operator, &shared, Pace::new(self.clock))
-            {
+            if let Err(error) = pump(source.as_mut(), &batches, &operator, &shared, clock) {
                 failure.fail(&error);
             }
+            // First, so that whoever commits last knows that nobody polls any more.
+            drop(source);
             drop(batches);
             // Fails only when the worker is gone, and then nobody needs waking.
             let _ = operator.activate();
         });
         match thread {
             Ok(thread) => {
-                self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
+                threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
             }
             Err(error) => reported.fail(&error),
         }
@@ -96,15 +96,20 @@ fn pump(
     batches: &Sender<SourceBatch>,
     operator: &SyncActivator,
     shared: &Shared,
-    mut pace: Pace,
+    clock: Clock,
 ) -> Result<(), SourceError> {
+    let mut pace = Pace::new(clock.elapsed());
+    let mut num_read = 0;
     while !shared.should_stop() {
-        source.set_batch_rows(pace.batch_rows(Counters::get(&shared.counters.documents_done)));
+        let done = Counters::get(&shared.counters.documents_done);
+        source.set_batch_rows(pace.batch_rows(clock.elapsed(), done));
         let mut batch = match source.read()? {
             Read::Batch(batch) => batch,
             Read::Idle => continue,
+            Read::End if source.reads_on() && !is_at_output(num_read, shared) => continue,
             Read::End => return Ok(()),
         };
+        num_read += num_documents(&batch);
         let mut held_back = Duration::ZERO;
         loop {
             match batches.send_timeout(batch, HOLD_BACK) {
@@ -122,33 +127,23 @@ fn pump(
     Ok(())
 }
 
-/// How fast documents are written, looked at from time to time.
-#[derive(Debug)]
-struct Pace {
-    clock: Clock,
-    since: Duration,
-    done_before: u64,
-    batch_rows: usize,
+/// Whether the output has taken over all that was read. The order matters: a batch is counted as read when it is in flight.
+fn is_at_output(num_read: u64, shared: &Shared) -> bool {
+    let counters = &shared.counters;
+    counters.documents_read.load(Ordering::Acquire) == num_read
+        && shared.epochs.num_open() == 0
+        && Counters::get(&counters.documents_in_flight) == 0
 }
 
-impl Pace {
-    /// Between two looks.
-    const INTERVAL: Duration = Duration::from_millis(200);
+fn num_documents(batch: &SourceBatch) -> u64 {
+    (batch.row_numbers.len() + batch.rejected.len()) as u64
+}
 
-    fn new(clock: Clock) -> Self {
-        Self { clock, since: clock.elapsed(), done_before: 0, batch_rows: MIN_BATCH_ROWS }
-    }
-
-    /// How many rows a batch should have when so many are done.
-    fn batch_rows(&mut self, done: u64) -> usize {
-        let passed = self.clock.elapsed() - self.since;
-        if passed >= Self::INTERVAL {
-            let rate = (done - self.done_before) as f64 / passed.as_secs_f64();
-            self.batch_rows = ((rate * BATCH_TIME.as_secs_f64()) as usize).max(MIN_BATCH_ROWS);
-            (self.since, self.done_before) = (self.since + passed, done);
-        }
-        self.batch_rows
-    }
+/// Of rows and rejected rows; both are kept until they are written.
+fn num_bytes(batch: &SourceBatch) -> u64 {
+    let rejected: usize = batch.rejected.iter().map(|row| row.raw.len() + row.reason.len()).sum();
+    let rejected_rows = batch.rejected_rows.as_ref().map_or(0, |rows| rows.get_array_memory_size());
+    (batch.rows.get_array_memory_size() + rejected + rejected_rows) as u64
 }
 
 /// Counts what is in flight against the credit.
@@ -212,6 +207,13 @@ impl Gate {
         }
     }
 
+    fn show(&self, at_source: &AtSource, is_held_back: bool) {
+        let num_unrendered = self.open.len().saturating_sub(self.tokens.num_known());
+        at_source.bytes_in_flight.store(self.bytes, Ordering::Relaxed);
+        at_source.num_unrendered.store(num_unrendered as u64, Ordering::Relaxed);
+        at_source.is_held_back.store(is_held_back, Ordering::Relaxed);
+    }
+
     pub fn documents(&self) -> u64 {
         self.documents
     }
@@ -263,26 +265,29 @@ pub fn read<'scope>(
                     };
                 }
                 let Some(batch) = waiting.take() else { break };
-                let documents = (batch.row_numbers.len() + batch.rejected.len()) as u64;
-                let bytes = batch.rows.get_array_memory_size() as u64;
+                let documents = num_documents(&batch);
+                let bytes = num_bytes(&batch);
                 if !gate.admits(documents, bytes) {
                     waiting = Some(batch);
                     break;
                 }
                 let epoch = *open.time();
                 let revoked = Arc::clone(&batch.revoked);
-                shared.epochs.insert(epoch, EpochEnd { position: batch.end, revoked });
+                shared
+                    .epochs
+                    .insert(epoch, EpochEnd { position: batch.end, num_documents: documents, revoked });
                 gate.enter(epoch, documents, bytes);
                 if batch.row_numbers.is_empty() {
                     // Nothing of it will be rendered.
                     shared.work.tokens.add(epoch, 0);
                 }
-                Counters::add(&shared.counters.documents_read, documents);
                 shared.counters.observe_in_flight(gate.documents());
+                shared.counters.documents_read.fetch_add(documents, Ordering::Release);
                 output.session_with_builder(&*open).give_container(&mut convert(batch));
                 open.downgrade(&(epoch + 1));
             }
             shared.counters.observe_in_flight(gate.documents());
+            gate.show(&shared.at_source, waiting.is_some());
         }
     });
     batches
@@ -308,7 +313,9 @@ fn convert(batch: SourceBatch) -> Batch {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
+    use arrow::array::{ArrayRef, RecordBatch, StringArray};
+    use arrow::datatypes::Schema;
+    use tidemill_connectors::source::{Position, RejectedRow};
 
     use super::*;
 
@@ -339,6 +346,26 @@ mod tests {
         assert!(!gate.admits(1, 1), "four batches of two workers are not rendered yet");
         tokens.add(3, 0);
         assert!(gate.admits(1, 1));
+    }
+
+    #[test]
+    fn rejected_rows_take_memory_too() {
+        let raw = "x".repeat(60_000);
+        let row = |row| RejectedRow { file: 0, row, reason: "broken".to_owned(), raw: raw.clone() };
+        let kept: ArrayRef = Arc::new(StringArray::from(vec![raw.clone(); 3]));
+        let mut batch = SourceBatch {
+            rows: RecordBatch::new_empty(Arc::new(Schema::empty())),
+            file: 0,
+            row_numbers: Vec::new(),
+            rejected: (0..3).map(row).collect(),
+            rejected_rows: None,
+            revoked: Arc::default(),
+            start: Position { file: 0, row: 0 },
+            end: Position { file: 0, row: 3 },
+        };
+        assert_eq!((num_documents(&batch), num_bytes(&batch)), (3, 3 * 60_006));
+        batch.rejected_rows = Some(RecordBatch::try_from_iter([("value", kept)]).unwrap());
+        assert!(num_bytes(&batch) > 6 * 60_000);
     }
 
     #[test]

@@ -19,6 +19,16 @@ const DELAY: &str = "TIDEMILL_FAKE_DELAY_US";
 /// A step of the fake model takes this long while things go wrong.
 const SLOW_US: &str = "300";
 
+const MAX_NUM_SEQS: usize = 8;
+/// Prompts that are begun and not in the journal: those that an engine is handed ahead of time, which are twice those that
+/// it runs, and the answers of a step on their way to the disk. Who has the same journal begins no others again.
+pub const IN_ENGINE: usize = 3 * MAX_NUM_SEQS;
+const CREDIT: usize = 64;
+const COMMIT_ROWS: usize = 32;
+/// Documents that are read and not committed: the credit, and what waits for the next transaction with its last batch.
+/// Who has another journal begins all of them again.
+pub const UNCOMMITTED: usize = CREDIT + COMMIT_ROWS + CREDIT / 4;
+
 /// One pipeline between two topics, its processes, and what has happened to them.
 pub struct History {
     pub name: String,
@@ -31,7 +41,8 @@ pub struct History {
 }
 
 impl History {
-    /// Makes the topics. `options` are the consumer's, `sink` more keys of the sink.
+    /// Makes the topics. `options` are the consumer's, `sink` more keys of the sink. The variable `STATE` gives a
+    /// process another folder, so another journal.
     #[expect(clippy::disallowed_methods, reason = "times are printed and decide nothing")]
     pub fn new(broker: &Broker, address: &str, name: &str, options: &str, sink: &str) -> Self {
         let num_partitions = 4;
@@ -42,8 +53,9 @@ impl History {
             "name: {name}\nmodel: {{ name: fake }}\n\
              source: {{ kafka: {{ brokers: '{address}', topics: [{name}-in], options: {{ {options} }} }} }}\n\
              steps:\n  - generate: {{ name: answer, prompt: 'Summarize {{{{ text }}}}', max_tokens: 8 }}\n\
-             sink: {{ kafka: {{ topic: {name}-out, partition: input{sink} }} }}\n\
-             errors: {{ kafka: {{ topic: {name}-errors }}, budget: 100% }}\ncredit: {{ documents: 400 }}\n"
+             sink: {{ kafka: {{ topic: {name}-out, partition: input, commit_rows: {COMMIT_ROWS}{sink} }} }}\n\
+             errors: {{ kafka: {{ topic: {name}-errors }}, budget: 100% }}\ncredit: {{ documents: {CREDIT} }}\n\
+             engine: {{ max_num_seqs: {MAX_NUM_SEQS} }}\nstate: ${{STATE:state}}\n"
         );
         let mut pipeline = Pipeline::new(&definition);
         pipeline
@@ -98,13 +110,6 @@ impl History {
         (child, log)
     }
 
-    /// Prompts that all processes have begun.
-    pub fn num_computed(&self) -> usize {
-        (0..self.num_processes)
-            .map(|number| self.pipeline.computed(&format!("process-{number}.log")).len())
-            .sum()
-    }
-
     /// Waits until a process has begun so many prompts; it must not end before.
     pub fn await_computed(&self, child: &mut Child, log: &str, count: usize) {
         while self.pipeline.computed(log).len() < count {
@@ -128,8 +133,15 @@ impl History {
         self.note("read to the end");
     }
 
-    /// Every record once, as a result or as an error, in order; returns how many prompts were begun beyond one pass.
-    pub fn check(&mut self, broker: &Broker) -> usize {
+    /// Every record once, as a result or as an error, in order, and no more tokens begun than one pass and what was in
+    /// flight when a process or its lease ended: at most `in_flight` prompts each time.
+    pub fn check(&mut self, broker: &Broker, in_flight: usize) {
+        self.check_output(broker);
+        self.check_ledger(in_flight);
+    }
+
+    /// Every record once, as a result or as an error, in order.
+    pub fn check_output(&mut self, broker: &Broker) {
         for suffix in ["out", "errors"] {
             broker.await_transactions(&format!("{}-{suffix}", self.name));
         }
@@ -160,14 +172,38 @@ impl History {
         assert!(double.is_empty(), "{}: twice {double:?}", self.name);
         let committed = broker.committed(&self.name, &format!("{}-in", self.name));
         assert_eq!(committed, broker.ends(&format!("{}-in", self.name)), "{}: offsets", self.name);
-        let one_pass = (0..self.num_records).filter(|id| id % 50 != 17 && id % 50 != 33).count();
-        let beyond = self.num_computed() - one_pass;
         self.note(&format!(
-            "checked: {} records once and in order, {} as errors; {beyond} prompts computed beyond one pass",
+            "checked: {} records once and in order, {} as errors",
             self.num_records,
             errors.len()
         ));
-        beyond
+    }
+
+    fn check_ledger(&mut self, in_flight: usize) {
+        let (mut distinct, mut total, mut longest, mut most) = (BTreeMap::new(), 0, 0, 0);
+        for number in 0..self.num_processes {
+            let log = format!("process-{number}.log");
+            let begun = self.pipeline.ledger(&log);
+            let text = fs::read_to_string(self.pipeline.path(&log)).expect("a process has a log");
+            // The last process ends when all is done.
+            let num_ends = text.matches(" revoked partitions=[\"").count()
+                + usize::from(number + 1 < self.num_processes);
+            most += begun.len().min(num_ends * in_flight);
+            for (key, tokens) in begun {
+                distinct.insert(key, tokens);
+                total += tokens;
+                longest = longest.max(tokens);
+            }
+        }
+        let one_pass: usize = distinct.values().sum();
+        let beyond = total - one_pass;
+        let most = most * longest;
+        self.note(&format!(
+            "checked: {one_pass} tokens of one pass and {beyond} beyond it; at most {most} were in flight when something broke"
+        ));
+        let num_good = (0..self.num_records).filter(|id| id % 50 != 17 && id % 50 != 33).count();
+        assert_eq!(distinct.len(), num_good, "{}: each prompt was begun", self.name);
+        assert!(beyond <= most, "{}: {beyond} tokens beyond one pass, {most} in flight", self.name);
     }
 }
 
