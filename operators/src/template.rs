@@ -99,7 +99,8 @@ impl Template {
             return Err(RenderError { kind: document::ErrorKind::Empty, message });
         }
         let template = self.environment.get_template(NAME).expect("compiled in `new`");
-        let context: BTreeMap<&str, Value> = values.into_iter().collect();
+        // As a value it is taken as it is; a map would be serialized entry by entry.
+        let context = Value::from(values.into_iter().collect::<BTreeMap<_, _>>());
         template.render(context).map_err(|error| explain(&error, &nulls))
     }
 }

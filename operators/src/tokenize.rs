@@ -4,6 +4,7 @@
 //! text. What cannot fit the model is refused before it is encoded: no token stands for more bytes than the
 //! longest one, so the bytes alone bound the tokens from below.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,16 @@ pub struct TextModel {
     pub max_seq_len: u32,
 }
 
+/// The name of an input by its number.
+#[derive(Clone)]
+pub struct InputNameFn(pub Arc<dyn Fn(u32) -> Arc<str> + Send + Sync>);
+
+impl fmt::Debug for InputNameFn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("InputNameFn")
+    }
+}
+
 /// One `generate` step, ready to render documents.
 #[derive(Debug)]
 pub struct PromptBuilder {
@@ -69,6 +80,8 @@ pub struct PromptBuilder {
     pub max_tokens: u32,
     /// Its seed is mixed with the document's id unless the step is greedy.
     pub sampling: SamplingParams,
+    /// Where the numbers of inputs are not the same in every run, their names stand for them in the seed.
+    pub input_names: Option<InputNameFn>,
     /// Names the tenant; without it there is one.
     pub tenant: Option<Template>,
 }
@@ -154,7 +167,10 @@ impl PromptBuilder {
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.sampling.seed.to_le_bytes());
-        hasher.update(&document.id.file.to_le_bytes());
+        match &self.input_names {
+            Some(names) => hasher.update((names.0)(document.id.file).as_bytes()),
+            None => hasher.update(&document.id.file.to_le_bytes()),
+        };
         hasher.update(&document.id.row.to_le_bytes());
         let mut seed = [0; 8];
         hasher.finalize_xof().fill(&mut seed);
@@ -212,5 +228,47 @@ impl<'scope> Tokenize<'scope> for StreamVec<'scope, Epoch, Document> {
             }
         });
         (prompt_stream, error_stream)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::StringArray;
+    use arrow::record_batch::RecordBatch;
+
+    use super::*;
+    use crate::document::{DocumentId, Lease};
+
+    /// Two runs that number the same partitions in another order.
+    #[test]
+    fn a_draw_follows_the_name_of_its_input() {
+        let text = TextModel {
+            tokenizer: Tokenizer::bytes(&[]),
+            chat: ChatTemplate::plain(),
+            digest: "fake".to_owned(),
+            max_seq_len: 64,
+        };
+        let text = Arc::new(text);
+        let seed = |names: Option<[&'static str; 2]>, file: u32| {
+            let builder = PromptBuilder {
+                step: "answer".into(),
+                model: Arc::clone(&text),
+                system: None,
+                prompt: Template::new("{{ id }}").unwrap(),
+                max_tokens: 1,
+                sampling: SamplingParams { temperature: 1.0, ..SamplingParams::GREEDY },
+                input_names: names
+                    .map(|names| InputNameFn(Arc::new(move |number| names[number as usize].into()))),
+                tenant: None,
+            };
+            let rows = RecordBatch::try_from_iter([("id", Arc::new(StringArray::from(vec!["7"])) as _)]);
+            let id = DocumentId { file, row: 7 };
+            let document = Document::new(id, Arc::new(rows.unwrap()), 0, Lease::default());
+            builder.build(document).unwrap().sampling.seed
+        };
+        let (one, other) = (Some(["news-0", "news-1"]), Some(["news-1", "news-0"]));
+        assert_eq!(seed(one, 0), seed(other, 1));
+        assert_ne!(seed(one, 0), seed(one, 1));
+        assert_ne!(seed(None, 0), seed(None, 1));
     }
 }

@@ -93,7 +93,7 @@ pub fn explain(checked: Checked, say: &dyn Fn(&str)) -> Result<Explanation, Expl
         .iter()
         .map(|step| {
             step.uses.is_empty().then(|| StepCount {
-                builder: step.builder(&engines.text),
+                builder: step.builder(&engines.text, None),
                 prompts: Vec::new(),
                 errors: 0,
             })

@@ -26,7 +26,7 @@ use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::infer::sequence::Priority;
 use tidemill_operators::template::Template;
 use tidemill_operators::tenants::TenantPolicy;
-use tidemill_operators::tokenize::{PromptBuilder, TextModel};
+use tidemill_operators::tokenize::{InputNameFn, PromptBuilder, TextModel};
 
 use self::device::Devices;
 use self::kafka::TopicPlan;
@@ -251,7 +251,7 @@ impl Plan {
 
 impl GeneratePlan {
     /// Compiles the templates; every worker has its own.
-    pub fn builder(&self, model: &Arc<TextModel>) -> PromptBuilder {
+    pub fn builder(&self, model: &Arc<TextModel>, input_names: Option<InputNameFn>) -> PromptBuilder {
         let compile = |source: &str| Template::new(source).expect("compiled once when the plan was checked");
         PromptBuilder {
             step: Arc::clone(&self.name),
@@ -260,6 +260,7 @@ impl GeneratePlan {
             prompt: compile(&self.prompt),
             max_tokens: self.max_tokens,
             sampling: self.sampling,
+            input_names,
             tenant: self.tenant.as_deref().map(compile),
         }
     }

@@ -23,7 +23,7 @@ use tidemill_operators::infer::runner::{EngineHandle, WorkContext};
 use tidemill_operators::infer::{Failure, Stop};
 use tidemill_operators::journal::{Journal, JournalError};
 use tidemill_operators::tenants::Tenants;
-use tidemill_operators::tokenize::PromptBuilder;
+use tidemill_operators::tokenize::{InputNameFn, PromptBuilder};
 
 use crate::clock::Clock;
 use crate::models::load::LoadError;
@@ -378,6 +378,10 @@ fn execute(
 ) -> Result<(), RunError> {
     let reading: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
     let Ends { lent: Lent { handles, text }, source, sink } = ends;
+    // Partitions are numbered as they are assigned.
+    let names = source.names();
+    let input_names =
+        source.inputs().is_empty().then(|| InputNameFn(Arc::new(move |number| names.get(number))));
     let mut first = Some((SourceThread::new(source, Arc::clone(&reading), clock), sink));
     let parts: Vec<Mutex<Option<WorkerPart>>> = (0..num_workers)
         .map(|_| Mutex::new(Some(WorkerPart { engines: handles.clone(), ends: first.take() })))
@@ -388,7 +392,7 @@ fn execute(
     let guards = timely::execute(timely::Config::process(num_workers), move |worker| {
         let part = parts[worker.index()].lock().unwrap_or_else(PoisonError::into_inner).take();
         let part = part.expect("each worker starts once");
-        let builders = steps.iter().map(|step| step.builder(&text)).collect();
+        let builders = steps.iter().map(|step| step.builder(&text, input_names.clone())).collect();
         drive(worker, &shared, part, builders);
     })
     .map_err(RunError::Worker)?;

@@ -61,6 +61,18 @@ pub fn create_topic(
     }
 }
 
+/// Removes topics with all that is in them.
+pub fn delete_topics(cluster: &Cluster, topics: &[&str]) -> Result<(), KafkaError> {
+    let fail = |error: &Client| cluster.error("remove topics", error);
+    let admin: AdminClient<Quiet> =
+        cluster.client(&[]).create_with_context(Quiet::default()).map_err(|error| fail(&error))?;
+    let options = AdminOptions::new().operation_timeout(Some(TIMEOUT)).request_timeout(Some(TIMEOUT));
+    for result in block_on(admin.delete_topics(topics, &options)).map_err(|error| fail(&error))? {
+        result.map_err(|(_, code)| fail(&Client::AdminOp(code)))?;
+    }
+    Ok(())
+}
+
 /// Writes records in their order and waits until the broker has them all.
 pub fn produce(
     cluster: &Cluster,

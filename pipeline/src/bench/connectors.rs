@@ -5,8 +5,12 @@
 //!
 //! The model answers at once with one token, and the prompt is the record's number, so what is measured is reading,
 //! the dataflow, the journal, writing and committing. The time goes from the first record read to the last one
-//! committed, so that joining the group counts for nobody. All of them run on the same broker, one after the other.
+//! committed, so that joining the group counts for nobody. All of them run on the same broker, one after the other, for
+//! some seconds each: a run of one second is over before the loop's client has read ahead as far as it may, and before a
+//! pipeline's batches have grown. What was measured is removed, so that the broker's disk is as idle for the last as
+//! for the first.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -29,7 +33,7 @@ use crate::summary::thousands;
 
 const NUM_PARTITIONS: i32 = 4;
 /// Records of a size until they take about this much.
-const MAX_BYTES: usize = 100 << 20;
+const MAX_BYTES: usize = 256 << 20;
 
 #[derive(Debug, Args)]
 #[command(
@@ -40,7 +44,7 @@ pub struct ConnectorsArgs {
     #[arg(long, env = "KAFKA_BROKERS", default_value = "127.0.0.1:9092")]
     brokers: String,
     /// Records of each size, fewer of large ones
-    #[arg(long, default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(1000..))]
+    #[arg(long, default_value_t = 400_000, value_parser = clap::value_parser!(u32).range(1000..))]
     records: u32,
     /// Sizes of a record's value, in bytes
     #[arg(long, value_delimiter = ',', default_values_t = [100, 1024, 10_240])]
@@ -89,9 +93,11 @@ pub(super) fn measure(args: &ConnectorsArgs) -> Result<ConnectorsReport, BenchEr
         tools::produce(&cluster, &input, (0..num_records).map(|number| record(number, size)))?;
         let mut samples: [Vec<f64>; 5] = Default::default();
         for round in 0..args.repeat {
+            let made = RefCell::new(Vec::new());
             let topic = |name: &str| -> Result<String, BenchError> {
                 let topic = format!("{input}-{name}-{round}");
                 tools::create_topic(&cluster, &topic, NUM_PARTITIONS, &[])?;
+                made.borrow_mut().push(topic.clone());
                 Ok(topic)
             };
             let rate = |seconds: f64| f64::from(num_records) / seconds;
@@ -105,7 +111,10 @@ pub(super) fn measure(args: &ConnectorsArgs) -> Result<ConnectorsReport, BenchEr
                 let seconds = pipeline(args, &input, &output, &errors, delivery, num_records, clock)?;
                 samples[place].push(rate(seconds));
             }
+            let made = made.into_inner();
+            tools::delete_topics(&cluster, &made.iter().map(String::as_str).collect::<Vec<_>>())?;
         }
+        tools::delete_topics(&cluster, &[&input])?;
         let [plain, tuned, kcat, at_least_once, exactly_once] = samples;
         rows.push(SizeReport {
             record_bytes: size,
