@@ -12,6 +12,7 @@ pub mod encode;
 pub mod format;
 pub mod group;
 pub mod output;
+pub mod pattern;
 pub mod record;
 pub mod rows;
 pub mod schema;
@@ -35,6 +36,10 @@ pub enum KafkaError {
     OtherDefinition { topic: String },
     #[error("transactional id {id:?} is used by somebody else at the same time: {reason}")]
     Fenced { id: String, reason: String },
+    #[error("the topics {topics} cannot be written: {reason}")]
+    Refused { topics: String, reason: String },
+    #[error("the sink's brokers {brokers} are of another Kafka cluster than the source's")]
+    OtherCluster { brokers: String },
     #[error("stopped before all that was finished could be committed: {reason}")]
     Unfinished { reason: String },
     #[error("cannot use state folder {path:?}")]
@@ -64,6 +69,13 @@ impl KafkaError {
             }
             Self::Fenced { .. } => {
                 "give each process a transactional_id of its own, or leave it out".to_owned()
+            }
+            Self::Refused { .. } => "check that the topics exist, with as many partitions as the input where \
+                `partition: input` is set, that this user may write them and use the transactional id, and that \
+                transaction_timeout_ms is within the broker's transaction.max.timeout.ms; then run again: nothing is lost"
+                .to_owned(),
+            Self::OtherCluster { .. } => {
+                "a transaction is of one cluster: set `delivery: at_least_once`, or write to the source's cluster".to_owned()
             }
             Self::Unfinished { .. } => "run again: answers are journaled and not computed again".to_owned(),
             Self::State { .. } => "check that it is a folder and may be written".to_owned(),

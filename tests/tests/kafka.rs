@@ -145,6 +145,64 @@ fn a_result_beyond_the_topics_limit_is_an_error_and_the_rest_goes_on() {
     assert_eq!(errors[0].value.as_deref(), Some(long.as_bytes()));
 }
 
+/// A compacted topic takes no record without a key, and an errors topic may take less than what was refused.
+#[test]
+fn what_a_topic_refuses_for_itself_is_an_error_and_the_rest_goes_on() {
+    let broker = Broker::shared();
+    let pipeline = topics("picky", 1, "");
+    broker.create_topic_with("picky-compact", 1, &[("cleanup.policy", "compact")]);
+    broker.create_topic_with("picky-small", 1, &[("max.message.bytes", "2048")]);
+    let text = std::fs::read_to_string(pipeline.path("pipeline.yaml")).unwrap();
+    let text = text.replace("picky-out", "picky-compact").replace("picky-errors", "picky-small");
+    std::fs::write(pipeline.path("pipeline.yaml"), text).unwrap();
+    let record = |key: Option<&str>, id: usize, more: usize| Record {
+        key: key.map(|key| key.as_bytes().to_vec()),
+        value: Some(
+            format!("{{\"id\": {id}, \"text\": \"t\", \"more\": \"{}\"}}", "x".repeat(more)).into_bytes(),
+        ),
+        headers: vec![(header::TRUNCATED.to_owned(), Some(b"of another errors topic".to_vec()))],
+        ..Record::default()
+    };
+    broker.produce(
+        "picky-in",
+        [record(Some("a"), 0, 10), record(None, 1, 10), record(None, 2, 9000), record(Some("b"), 3, 10)],
+    );
+    pipeline.run(&["run", "--quiet", "--until-end"]).expect_code(0);
+    let ids: Vec<Value> =
+        broker.read("picky-compact").iter().map(|record| value(record)["id"].clone()).collect();
+    assert_eq!(ids, [json!(0), json!(3)]);
+    let errors = broker.read("picky-small");
+    assert_eq!(errors.len(), 2);
+    for (error, offset) in errors.iter().zip([1, 2]) {
+        let found = headers(error);
+        assert_eq!(
+            (found[header::ORIGIN].as_str(), found[header::ORIGIN_PARTITION].as_str()),
+            ("picky-in", "0")
+        );
+        assert_eq!(found[header::ORIGIN_OFFSET], offset.to_string());
+        assert_eq!(found[header::KIND], "refused");
+    }
+    assert!(!headers(&errors[0]).contains_key(header::TRUNCATED));
+    assert_eq!(headers(&errors[1])[header::TRUNCATED], "true");
+}
+
+#[test]
+fn a_partition_that_is_not_there_ends_the_run_with_the_reason() {
+    let broker = Broker::shared();
+    let pipeline = topics("narrow", 1, ", partition: input");
+    broker.create_topic("narrow-wide", 3);
+    let text = std::fs::read_to_string(pipeline.path("pipeline.yaml")).unwrap();
+    std::fs::write(pipeline.path("pipeline.yaml"), text.replace("narrow-in", "narrow-wide")).unwrap();
+    broker.produce(
+        "narrow-wide",
+        (0..3)
+            .map(|partition| Record { partition: Some(partition), ..Record::new("k", "{\"text\": \"t\"}") }),
+    );
+    let run = pipeline.run(&["run", "--quiet", "--until-end"]).expect_code(1);
+    let shown = run.stderr();
+    assert!(shown.contains("has 1 partitions") && shown.contains("`partition: input`"), "{shown}");
+}
+
 #[test]
 fn files_to_a_topic_and_a_topic_to_files() {
     let broker = Broker::shared();

@@ -34,6 +34,8 @@ const FLUSH_WAIT: Duration = Duration::from_millis(1);
 const MAX_FLUSH_WAITS: u32 = 5000;
 /// How long a commit is still tried after the run was told to stop.
 const GRACE: Duration = Duration::from_secs(10);
+/// How often in a row a topic may be unknown: for some seconds.
+const MAX_UNKNOWN: u32 = 8;
 /// The fewest bytes that a topic may be limited to; below it no error record fits.
 const MIN_RECORD_BYTES: usize = 1024;
 
@@ -64,6 +66,16 @@ pub struct KafkaBroker {
     producer: Option<BaseProducer<Deliveries>>,
     pub(super) progress: Progress,
     generation: Option<ConsumerGroupMetadata>,
+    /// Since the transaction began.
+    num_sent: usize,
+    /// Each record in a batch of its own until the next commit: a broker refuses a batch as a whole.
+    one_by_one: bool,
+    /// The producer was made before that changed.
+    is_stale: bool,
+    /// Of the results' topic, as far as is known.
+    num_partitions: i32,
+    /// How often in a row a topic or a partition was not known.
+    num_unknown: u32,
     /// At least once: what is committed when all records are acknowledged.
     offsets: Option<TopicPartitionList>,
     is_open: bool,
@@ -89,8 +101,11 @@ impl Deliveries {
 #[derive(Clone, Debug)]
 struct Failed {
     reason: String,
-    /// The topic and size of a record that the broker found too large.
-    too_large: Option<(String, usize)>,
+    code: Option<RDKafkaErrorCode>,
+    /// Of the record: its place among those that were sent, its topic and its size.
+    index: usize,
+    topic: String,
+    bytes: usize,
 }
 
 impl KafkaBroker {
@@ -106,6 +121,11 @@ impl KafkaBroker {
             producer: None,
             progress,
             generation: None,
+            num_sent: 0,
+            one_by_one: false,
+            is_stale: false,
+            num_partitions: 0,
+            num_unknown: 0,
             offsets: None,
             is_open: false,
             stop,
@@ -137,6 +157,9 @@ impl KafkaBroker {
             ("message.max.bytes", &message_bytes),
         ]);
         config.set("enable.idempotence", "true");
+        if self.one_by_one {
+            config.set("batch.num.messages", "1");
+        }
         if self.spec.exactly_once {
             config.set("transactional.id", &self.spec.transactional_id);
             if !self.spec.cluster.options.contains_key("transaction.timeout.ms") {
@@ -168,13 +191,59 @@ impl KafkaBroker {
     /// What the broker has refused since the transaction began.
     fn delivered(&mut self) -> Result<(), BrokerError> {
         let failed = self.producer().context().failed.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let Some(failed) = failed else { return Ok(()) };
-        if let Some((topic, bytes)) = &failed.too_large {
-            let target = if *topic == self.spec.topic { Target::Results } else { Target::Errors };
-            let limit = &mut self.limits[target as usize];
-            *limit = (*limit).min(bytes - 1).max(MIN_RECORD_BYTES);
+        let Some(Failed { reason, code, index, topic, bytes }) = failed else { return Ok(()) };
+        use RDKafkaErrorCode as Code;
+        Err(match code {
+            Some(
+                Code::MessageSizeTooLarge
+                | Code::MessageBatchTooLarge
+                | Code::InvalidTimestamp
+                | Code::InvalidRecord
+                | Code::InvalidDifferentRecord
+                | Code::InvalidMessage,
+            ) if !self.one_by_one => {
+                (self.one_by_one, self.is_stale) = (true, true);
+                BrokerError::Abort(reason)
+            }
+            Some(Code::MessageSizeTooLarge | Code::MessageBatchTooLarge) => {
+                let target = if topic == self.spec.topic { Target::Results } else { Target::Errors };
+                let limit = &mut self.limits[target as usize];
+                *limit = (*limit).min(bytes.saturating_sub(1)).max(MIN_RECORD_BYTES);
+                BrokerError::Refused { index, reason }
+            }
+            Some(Code::InvalidTimestamp | Code::InvalidRecord | Code::InvalidMessage) => {
+                BrokerError::Refused { index, reason }
+            }
+            Some(Code::UnknownPartition) => BrokerError::Broken(reason),
+            Some(Code::UnknownTopic | Code::UnknownTopicOrPartition) => self.unknown(reason),
+            Some(code) if is_forbidden(code) => BrokerError::Broken(reason),
+            _ => BrokerError::Abort(reason),
+        })
+    }
+
+    /// The client would wait long for a partition that may still come.
+    fn check_partition(&mut self, target: Target, partition: i32) -> Result<(), BrokerError> {
+        if partition < self.num_partitions {
+            return Ok(());
         }
-        Err(BrokerError::Abort(failed.reason))
+        let topic = self.topic(target);
+        let found = self.producer().client().fetch_metadata(Some(topic), CALL_TIMEOUT);
+        let found = found.map_err(|error| BrokerError::Retry(reason(&error)))?;
+        let num_partitions = found.topics().first().map_or(0, |topic| topic.partitions().len() as i32);
+        if partition >= num_partitions {
+            return Err(BrokerError::Broken(format!(
+                "topic {topic:?} has {num_partitions} partitions, and a record is of partition {partition}; \
+                `partition: input` needs as many as the input has"
+            )));
+        }
+        self.num_partitions = num_partitions;
+        Ok(())
+    }
+
+    /// A topic may be unknown for a moment, while its broker comes back.
+    fn unknown(&mut self, reason: String) -> BrokerError {
+        self.num_unknown += 1;
+        if self.num_unknown > MAX_UNKNOWN { BrokerError::Broken(reason) } else { BrokerError::Abort(reason) }
     }
 
     fn home(&self) -> (&SharedGroup, TopicPartitionList) {
@@ -218,6 +287,7 @@ impl Broker for KafkaBroker {
             producer.init_transactions(CALL_TIMEOUT).map_err(sort)?;
         }
         self.producer = Some(producer);
+        self.is_stale = false;
         Ok(())
     }
 
@@ -228,12 +298,16 @@ impl Broker for KafkaBroker {
     }
 
     fn begin(&mut self) -> Result<(), BrokerError> {
+        if self.is_stale {
+            self.init()?;
+        }
         *self.producer().context().failed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         if self.spec.exactly_once {
             self.producer().begin_transaction().map_err(sort)?;
         }
         self.offsets = None;
         self.is_open = true;
+        self.num_sent = 0;
         Ok(())
     }
 
@@ -242,7 +316,11 @@ impl Broker for KafkaBroker {
         if record.num_bytes() > limit {
             return Err(BrokerError::TooLarge { limit });
         }
-        let mut out = BaseRecord::<[u8], [u8]>::to(self.topic(record.target));
+        if let Some(partition) = record.partition {
+            self.check_partition(record.target, partition)?;
+        }
+        let mut out =
+            BaseRecord::<[u8], [u8], usize>::with_opaque_to(self.topic(record.target), self.num_sent);
         out.key = record.key.as_deref();
         out.payload = record.value.as_deref();
         out.partition = record.partition;
@@ -255,10 +333,20 @@ impl Broker for KafkaBroker {
         }
         for _ in 0..100 {
             match self.producer().send(out) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.num_sent += 1;
+                    return Ok(());
+                }
                 Err((Client::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
                     out = back;
                     self.producer().poll(Duration::from_millis(20));
+                }
+                Err((Client::MessageProduction(RDKafkaErrorCode::UnknownPartition), _)) => {
+                    return Err(BrokerError::Broken(format!(
+                        "topic {:?} has no partition {}; `partition: input` needs as many as the input has",
+                        self.topic(record.target),
+                        record.partition.unwrap_or_default()
+                    )));
                 }
                 Err((error, _)) => return Err(sort(error)),
             }
@@ -290,7 +378,9 @@ impl Broker for KafkaBroker {
             group.commit(offsets, CommitMode::Sync).map_err(sort)?;
         }
         self.is_open = false;
-        self.num_pauses = 0;
+        (self.num_pauses, self.num_unknown) = (0, 0);
+        // What was refused is not among the records any more.
+        (self.one_by_one, self.is_stale) = (false, self.one_by_one);
         Ok(())
     }
 
@@ -334,11 +424,16 @@ impl Broker for KafkaBroker {
         }
     }
 
-    fn pause(&mut self, time: Duration) -> bool {
+    fn errors_limit(&self) -> usize {
+        self.limit(Target::Errors)
+    }
+
+    fn pause(&mut self, time: Duration, reason: &str) -> bool {
         self.num_pauses += 1;
         if self.num_pauses.is_multiple_of(20) {
             tracing::warn!(
                 brokers = self.spec.cluster.brokers,
+                reason,
                 "still waiting for the broker to take results"
             );
         }
@@ -375,9 +470,22 @@ pub(super) fn flush<C: ProducerContext>(producer: &BaseProducer<C>) -> KafkaResu
     }
 }
 
+/// Whether it is the same as often as it is tried.
+fn is_forbidden(code: RDKafkaErrorCode) -> bool {
+    matches!(
+        code,
+        RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::TransactionalIdAuthorizationFailed
+            | RDKafkaErrorCode::InvalidTransactionTimeout
+    )
+}
+
 /// What can be done about an error.
 fn sort(error: Client) -> BrokerError {
     match &error {
+        Client::Transaction(inner) if is_forbidden(inner.code()) => BrokerError::Broken(inner.string()),
         Client::Transaction(inner) if inner.is_fatal() => BrokerError::Fatal(inner.string()),
         Client::Transaction(inner) if inner.txn_requires_abort() => BrokerError::Abort(inner.string()),
         Client::Transaction(inner) if inner.is_retriable() => BrokerError::Retry(inner.string()),
@@ -386,6 +494,7 @@ fn sort(error: Client) -> BrokerError {
         }
         Client::MessageProduction(RDKafkaErrorCode::Fatal) => BrokerError::Fatal(reason(&error)),
         Client::Flush(_) => BrokerError::Retry(reason(&error)),
+        _ if error.rdkafka_error_code().is_some_and(is_forbidden) => BrokerError::Broken(reason(&error)),
         _ => BrokerError::Abort(reason(&error)),
     }
 }
@@ -401,14 +510,18 @@ impl ClientContext for Deliveries {
 }
 
 impl ProducerContext for Deliveries {
-    type DeliveryOpaque = ();
+    /// The record's place among those that were sent.
+    type DeliveryOpaque = usize;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, _opaque: ()) {
+    fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
         let Err((error, message)) = result else { return };
-        let is_too_large = error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge);
-        let bytes = message.payload_len() + message.key_len();
-        let too_large = is_too_large.then(|| (message.topic().to_owned(), bytes));
-        let failed = Failed { reason: reason(error), too_large };
+        let failed = Failed {
+            reason: reason(error),
+            code: error.rdkafka_error_code(),
+            index,
+            topic: message.topic().to_owned(),
+            bytes: message.payload_len() + message.key_len(),
+        };
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failed);
     }
 }

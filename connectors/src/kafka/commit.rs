@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::assignment::Partition;
-use super::record::OutRecord;
+use super::record::{OutRecord, Target};
 use super::stats::KafkaStats;
 use crate::source::InputNames;
 
@@ -34,6 +34,11 @@ pub enum BrokerError {
     Fatal(String),
     /// Only of [`Broker::send`]: the topic does not take records of this size.
     TooLarge { limit: usize },
+    /// Only of [`Broker::commit`]: the topic does not take one of the records that were sent since the transaction began,
+    /// counted from 0. Without it, a new transaction may succeed.
+    Refused { index: usize, reason: String },
+    /// Nothing that is done here will help: a permission or a topic is missing.
+    Broken(String),
 }
 
 /// A transactional producer with its group, or something that behaves as one.
@@ -52,8 +57,10 @@ pub trait Broker: Send {
     fn abort(&mut self) -> Result<(), BrokerError>;
     /// The committed offsets of these inputs, as soon as no transaction of an old owner is open.
     fn committed(&mut self, inputs: &BTreeSet<u32>) -> Result<BTreeMap<u32, u64>, BrokerError>;
-    /// Lets some time pass. False when the run should end and waiting is over.
-    fn pause(&mut self, time: Duration) -> bool;
+    /// The most bytes of an error record.
+    fn errors_limit(&self) -> usize;
+    /// Lets some time pass. False when the run should end and waiting is over. `reason` is what is waited for.
+    fn pause(&mut self, time: Duration, reason: &str) -> bool;
 }
 
 /// A finished batch.
@@ -82,6 +89,8 @@ pub enum CommitError {
     Stopped(String),
     #[error("fenced: {0}")]
     Fenced(String),
+    #[error("refused: {0}")]
+    Broken(String),
 }
 
 /// Stages batches and commits them.
@@ -149,14 +158,31 @@ impl<B: Broker> Committer<B> {
                 }
                 Err(Failed::Abort(reason)) => self.abort(reason)?,
                 Err(Failed::Fatal(reason)) => self.replace(reason)?,
+                Err(Failed::Refused { index, reason }) => {
+                    self.refuse(index, &reason)?;
+                    self.abort(reason)?
+                }
                 Err(error) => return Err(error.give_up()),
             };
             tracing::debug!(reason, "transaction is tried again");
-            if !self.broker.pause(pause) {
+            if !self.broker.pause(pause, &reason) {
                 return Err(CommitError::Stopped(reason));
             }
             pause = (pause * 2).min(MAX_PAUSE);
         }
+    }
+
+    /// The record goes to the errors instead.
+    fn refuse(&mut self, index: usize, reason: &str) -> Result<(), CommitError> {
+        let limit = self.broker.errors_limit();
+        let mut records = self.staged.iter_mut().flat_map(|epoch| &mut epoch.records);
+        let Some(record) = records.nth(index) else { return Ok(()) };
+        if record.is_hopeless() {
+            return Err(CommitError::Broken(reason.to_owned()));
+        }
+        let reason = format!("the topic refuses it: {reason}");
+        record.refuse("refused", reason, limit, &self.names.get(record.input));
+        Ok(())
     }
 
     fn attempt(&mut self) -> Result<Committed, Failed> {
@@ -209,7 +235,9 @@ impl<B: Broker> Committer<B> {
         self.stats.lock().transactions_aborted += 1;
         match retry(&mut self.broker, B::abort) {
             Ok(()) => Ok(reason),
-            Err(Failed::Abort(reason) | Failed::Fatal(reason)) => self.replace(reason),
+            Err(Failed::Abort(reason) | Failed::Fatal(reason) | Failed::Refused { reason, .. }) => {
+                self.replace(reason)
+            }
             Err(error) => Err(error.give_up()),
         }
     }
@@ -246,6 +274,8 @@ enum Failed {
     Abort(String),
     Fatal(String),
     TooLarge { limit: usize },
+    Refused { index: usize, reason: String },
+    Broken(String),
 }
 
 impl Failed {
@@ -253,23 +283,31 @@ impl Failed {
     fn give_up(self) -> CommitError {
         match self {
             Self::Stopped(reason) => CommitError::Stopped(reason),
-            Self::Abort(reason) | Self::Fatal(reason) => CommitError::Fenced(reason),
-            Self::TooLarge { limit } => unreachable!("only records are too large, here for {limit} bytes"),
+            Self::Abort(reason) | Self::Fatal(reason) | Self::Refused { reason, .. } => {
+                CommitError::Fenced(reason)
+            }
+            Self::TooLarge { limit } => {
+                CommitError::Broken(format!("the errors topic takes no more than {limit} bytes a record"))
+            }
+            Self::Broken(reason) => CommitError::Broken(reason),
         }
     }
 }
 
 /// A record that turns out to be too large goes to the errors instead.
 fn send<B: Broker>(broker: &mut B, record: &mut OutRecord, names: &InputNames) -> Result<(), Failed> {
-    match retry(broker, |broker| broker.send(record)) {
-        Err(Failed::TooLarge { limit }) => record.refuse(limit, &names.get(record.input)),
-        result => return result,
+    loop {
+        match retry(broker, |broker| broker.send(record)) {
+            Err(Failed::TooLarge { limit }) if !record.is_hopeless() => {
+                let what = if record.target == Target::Results { "result" } else { "error" };
+                let reason =
+                    format!("the {what} takes {} bytes, the topic's limit is {limit}", record.num_bytes());
+                let limit = broker.errors_limit();
+                record.refuse("too_large", reason, limit, &names.get(record.input));
+            }
+            result => return result,
+        }
     }
-    match retry(broker, |broker| broker.send(record)) {
-        Err(Failed::TooLarge { limit }) => record.refuse(limit, &names.get(record.input)),
-        result => return result,
-    }
-    retry(broker, |broker| broker.send(record))
 }
 
 fn retry<B: Broker, T>(
@@ -283,9 +321,11 @@ fn retry<B: Broker, T>(
             Err(BrokerError::Abort(reason)) => return Err(Failed::Abort(reason)),
             Err(BrokerError::Fatal(reason)) => return Err(Failed::Fatal(reason)),
             Err(BrokerError::TooLarge { limit }) => return Err(Failed::TooLarge { limit }),
+            Err(BrokerError::Refused { index, reason }) => return Err(Failed::Refused { index, reason }),
+            Err(BrokerError::Broken(reason)) => return Err(Failed::Broken(reason)),
             Err(BrokerError::Retry(reason)) => reason,
         };
-        if !broker.pause(pause) {
+        if !broker.pause(pause, &reason) {
             return Err(Failed::Stopped(reason));
         }
         pause = (pause * 2).min(MAX_PAUSE);

@@ -14,8 +14,10 @@ use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{
     BaseConsumer, CommitMode, Consumer, ConsumerContext, ConsumerGroupMetadata, RebalanceProtocol,
 };
+use rdkafka::error::KafkaError as Client;
 use rdkafka::error::KafkaResult;
 use rdkafka::message::BorrowedMessage;
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 use rdkafka::{Offset, Statistics, TopicPartitionList};
 
@@ -33,6 +35,12 @@ pub const FETCH_QUEUE_BACKOFF: (&str, &str) = ("fetch.queue.backoff.ms", "5");
 
 /// The most events that one call of [`Group::attend`] takes.
 const MAX_ATTENDED: usize = 100_000;
+/// It ends when so often in a row nothing came in so long: the client also returns nothing where it had an event that
+/// is no record, such as its statistics.
+const MAX_EMPTY: usize = 20;
+const EMPTY_WAIT: Duration = Duration::from_millis(1);
+/// How often the offsets of a start are looked up before the run fails.
+const MAX_LOOKUPS: usize = 3;
 
 /// Where to begin in a partition without a committed offset.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +67,8 @@ pub(super) struct GroupContext {
     assignment: Mutex<Assignment>,
     stats: KafkaStats,
     start: Start,
+    /// Why it is not known where to begin in a partition: to begin elsewhere would lose records.
+    no_start: Mutex<Option<RDKafkaErrorCode>>,
 }
 
 impl Group {
@@ -90,9 +100,18 @@ impl Group {
             Start::Committed => "error",
         };
         config.set("auto.offset.reset", reset);
-        let context = GroupContext { assignment: Mutex::new(Assignment::new(names)), stats, start };
+        let context = GroupContext {
+            assignment: Mutex::new(Assignment::new(names)),
+            stats,
+            start,
+            no_start: Mutex::default(),
+        };
         let consumer = config.create_with_context(context).map_err(|error| cluster.error("read", &error))?;
         Ok(Self { consumer, cluster: cluster.clone(), is_left: AtomicBool::new(false) })
+    }
+
+    pub(super) fn brokers(&self) -> &String {
+        &self.cluster.brokers
     }
 
     pub(super) fn assignment(&self) -> MutexGuard<'_, Assignment> {
@@ -168,8 +187,10 @@ impl Group {
     pub(super) fn attend(&self) {
         if self.is_left.load(Ordering::Acquire) {
             // A rebalance waits behind the records that were fetched before it.
+            let mut num_empty = 0;
             for _ in 0..MAX_ATTENDED {
-                if self.consumer.poll(Duration::ZERO).is_none() {
+                num_empty = if self.consumer.poll(EMPTY_WAIT).is_none() { num_empty + 1 } else { 0 };
+                if num_empty >= MAX_EMPTY {
                     break;
                 }
             }
@@ -177,7 +198,16 @@ impl Group {
     }
 
     pub(super) fn poll(&self, wait: Duration) -> Option<KafkaResult<BorrowedMessage<'_>>> {
-        self.consumer.poll(wait)
+        let next = self.consumer.poll(wait);
+        match self.consumer.context().no_start.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(code) => Some(Err(Client::MessageConsumptionFatal(code))),
+            None => next,
+        }
+    }
+
+    /// Tells clusters apart; `None` if the broker does not say.
+    pub(super) fn cluster_id(&self) -> Option<String> {
+        self.consumer.client().fetch_cluster_id(QUERY_TIMEOUT)
     }
 
     /// Stops or goes on with fetching all that is assigned.
@@ -225,6 +255,41 @@ impl GroupContext {
         self.assignment.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Decides where to begin in partitions without a committed offset, and commits that, so that whoever has them next
+    /// begins there too and not where they end by then.
+    fn begin(&self, consumer: &BaseConsumer<Self>, list: &mut TopicPartitionList) -> KafkaResult<()> {
+        if matches!(self.start, Start::Earliest | Start::Committed) || list.count() == 0 {
+            return Ok(());
+        }
+        let committed = consumer.committed_offsets(list.clone(), QUERY_TIMEOUT)?;
+        let is_new = |one: &TopicPartitionListElem<'_>| one.offset() == Offset::Invalid;
+        let mut result = Ok(());
+        for _ in 0..MAX_LOOKUPS {
+            result = match self.start {
+                Start::Timestamp(_) => self.find_timestamps(consumer, list),
+                _ => Ok(()),
+            };
+            if result.is_ok() {
+                break;
+            }
+        }
+        result?;
+        let mut begun = TopicPartitionList::new();
+        for one in committed.elements().iter().filter(|one| is_new(one)) {
+            let found = list.find_partition(one.topic(), one.partition()).map(|found| found.offset());
+            let offset = match found {
+                Some(Offset::Offset(offset)) => offset,
+                _ => consumer.fetch_watermarks(one.topic(), one.partition(), QUERY_TIMEOUT)?.1,
+            };
+            list.set_partition_offset(one.topic(), one.partition(), Offset::Offset(offset))?;
+            begun.add_partition_offset(one.topic(), one.partition(), Offset::Offset(offset))?;
+        }
+        if begun.count() > 0 {
+            consumer.commit(&begun, CommitMode::Sync)?;
+        }
+        Ok(())
+    }
+
     /// Fills in the offsets of partitions which begin at a time and have none committed.
     fn find_timestamps(
         &self,
@@ -257,8 +322,10 @@ impl ConsumerContext for GroupContext {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, what: RDKafkaRespErr, list: &mut TopicPartitionList) {
         let is_cooperative = matches!(consumer.rebalance_protocol(), RebalanceProtocol::Cooperative);
         let result = if what == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
-            if let Err(error) = self.find_timestamps(consumer, list) {
-                tracing::warn!(%error, "cannot look up the offsets of the start time, so the end is taken");
+            if let Err(error) = self.begin(consumer, list) {
+                tracing::warn!(%error, "cannot look up where to begin");
+                let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail);
+                *self.no_start.lock().unwrap_or_else(PoisonError::into_inner) = Some(code);
             }
             tracing::info!(partitions = ?partitions(list).iter().map(ToString::to_string).collect::<Vec<_>>(), "assigned");
             self.assignment().assign(partitions(list));

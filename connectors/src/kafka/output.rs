@@ -65,6 +65,9 @@ impl KafkaOutput {
         let producer = &spec.producer;
         let limits = topics::limits(&producer.cluster, [&producer.topic, &producer.errors_topic])?;
         let has_group = group.is_some();
+        if let Some(group) = group.as_ref().filter(|_| producer.exactly_once) {
+            check_cluster(producer, group)?;
+        }
         let progress = match group {
             Some(group) => Progress::Group { group, names: names.clone() },
             None => Progress::Rows { home: home(producer, names.clone())?, state: String::new() },
@@ -157,6 +160,20 @@ impl KafkaOutput {
     }
 }
 
+/// A transaction is of one cluster, so the offsets of another one cannot be in it.
+fn check_cluster(producer: &ProducerSpec, group: &SharedGroup) -> Result<(), KafkaError> {
+    if producer.cluster.brokers == *group.brokers() {
+        return Ok(());
+    }
+    let ours = home(producer, InputNames::default())?.cluster_id();
+    if let (Some(source), Some(sink)) = (group.cluster_id(), ours)
+        && source != sink
+    {
+        return Err(KafkaError::OtherCluster { brokers: producer.cluster.brokers.clone() });
+    }
+    Ok(())
+}
+
 /// The group that keeps the position of files; nobody reads with it.
 fn home(producer: &ProducerSpec, names: InputNames) -> Result<SharedGroup, KafkaError> {
     let id = &producer.transactional_id;
@@ -168,5 +185,9 @@ fn failed(producer: &ProducerSpec, error: CommitError) -> KafkaError {
     match error {
         CommitError::Stopped(reason) => KafkaError::Unfinished { reason },
         CommitError::Fenced(reason) => KafkaError::Fenced { id: producer.transactional_id.clone(), reason },
+        CommitError::Broken(reason) => KafkaError::Refused {
+            topics: format!("{} and {}", producer.topic, producer.errors_topic),
+            reason,
+        },
     }
 }

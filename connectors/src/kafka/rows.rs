@@ -91,18 +91,24 @@ impl RowsBuilder {
 
     /// Adds a record with its text, or with the reason why there is none.
     pub(super) fn push(&mut self, message: &impl Message, text: Result<impl AsRef<str>, String>) {
+        let headers = headers(message);
+        let text = text.and_then(|text| match &headers {
+            Ok(_) => Ok(text),
+            Err(reason) => Err(reason.clone()),
+        });
+        let headers = headers.unwrap_or_default();
         let offset = message.offset() as u64;
         self.first.get_or_insert(offset);
         self.end = offset + 1;
         match text {
             Ok(text) => {
                 self.values.append_value(text);
-                self.kafka.push(message);
+                self.kafka.push(message, &headers);
                 self.row_numbers.push(offset);
             }
             Err(reason) => {
                 self.rejected_values.append_option(message.payload());
-                self.rejected_kafka.push(message);
+                self.rejected_kafka.push(message, &headers);
                 self.rejected.push((offset, reason));
             }
         }
@@ -142,6 +148,21 @@ impl RowsBuilder {
     }
 }
 
+/// In order; a name may occur twice.
+type HeaderRefs<'a> = Vec<(&'a str, Option<&'a [u8]>)>;
+
+/// A record's headers, or why they cannot be read.
+pub(super) fn headers(message: &impl Message) -> Result<HeaderRefs<'_>, String> {
+    let Some(headers) = message.headers() else { return Ok(Vec::new()) };
+    caught(|| headers.iter().map(|header| (header.key, header.value)).collect())
+        .ok_or_else(|| "the name of a header is not UTF-8".to_owned())
+}
+
+/// The client's library panics where the name of a header is not UTF-8, and has no other way to read it.
+fn caught<T>(read: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).ok()
+}
+
 struct KafkaBuilder {
     topic: StringBuilder,
     partition: Int32Builder,
@@ -166,15 +187,15 @@ impl KafkaBuilder {
         }
     }
 
-    fn push(&mut self, message: &impl Message) {
+    fn push(&mut self, message: &impl Message, headers: &[(&str, Option<&[u8]>)]) {
         self.topic.append_value(message.topic());
         self.partition.append_value(message.partition());
         self.offset.append_value(message.offset());
         self.timestamp.append_option(message.timestamp().to_millis().filter(|&millis| millis >= 0));
         self.key.append_option(message.key());
-        for header in message.headers().iter().flat_map(|headers| headers.iter()) {
-            self.headers.keys().append_value(header.key);
-            self.headers.values().append_option(header.value);
+        for (name, value) in headers {
+            self.headers.keys().append_value(name);
+            self.headers.values().append_option(*value);
         }
         self.headers.append(true).expect("as many keys as values");
     }
@@ -189,5 +210,17 @@ impl KafkaBuilder {
             Arc::new(self.headers.finish()),
         ];
         Arc::new(StructArray::new(kafka_fields(), columns, None))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_panics_on_data_rejects_the_record_and_no_more() {
+        assert_eq!(caught(|| 7), Some(7));
+        let name = String::from_utf8(vec![0xff]);
+        assert_eq!(caught(|| name.expect("the name is text").len()), None);
     }
 }

@@ -166,11 +166,6 @@ impl KafkaSource {
         self.spec.is_member = false;
     }
 
-    /// Whether a pattern of topics can be used.
-    pub fn check_pattern(pattern: &str) -> Result<(), String> {
-        regex::Regex::new(pattern).map(drop).map_err(|error| error.to_string())
-    }
-
     fn begin(&mut self) -> Result<(), KafkaError> {
         self.has_begun = true;
         let topics = match &self.spec.topics {

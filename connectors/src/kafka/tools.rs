@@ -6,7 +6,7 @@ use std::time::Duration;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError as Client;
-use rdkafka::message::{Header, Headers as _, Message, OwnedHeaders};
+use rdkafka::message::{Header, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
@@ -85,7 +85,7 @@ pub fn produce(
         cluster.client(&ours).create_with_context(Deliveries::default()).map_err(|error| fail(&error))?;
     let mut num_records = 0;
     for record in records {
-        let mut out = BaseRecord::<[u8], [u8]>::to(topic);
+        let mut out = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic, 0);
         out.partition = record.partition;
         out.key = record.key.as_deref();
         out.payload = record.value.as_deref();
@@ -215,7 +215,7 @@ pub fn copy(cluster: &Cluster, from: &str, to: &str, mut begun: impl FnMut()) ->
             Some(message) => message.map_err(fail)?,
         };
         begun();
-        let mut out = BaseRecord::<[u8], [u8]>::to(to);
+        let mut out = BaseRecord::<[u8], [u8], usize>::with_opaque_to(to, 0);
         (out.key, out.payload) = (message.key(), message.payload());
         while let Err((error, back)) = producer.send(out) {
             if !matches!(error, Client::MessageProduction(RDKafkaErrorCode::QueueFull)) {
@@ -246,14 +246,16 @@ pub fn read_all(cluster: &Cluster, topic: &str) -> Result<Vec<Record>, KafkaErro
 }
 
 fn record(message: &impl Message) -> Record {
-    let headers = message.headers();
-    let headers = headers.iter().flat_map(|headers| headers.iter());
+    let headers = super::rows::headers(message).unwrap_or_default();
     Record {
         partition: Some(message.partition()),
         offset: message.offset(),
         key: message.key().map(<[u8]>::to_vec),
         value: message.payload().map(<[u8]>::to_vec),
-        headers: headers.map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec))).collect(),
+        headers: headers
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value.map(<[u8]>::to_vec)))
+            .collect(),
         timestamp: message.timestamp().to_millis(),
     }
 }

@@ -9,6 +9,7 @@ use tidemill_connectors::kafka::config::Cluster;
 use tidemill_connectors::kafka::format::{Decoder, Format};
 use tidemill_connectors::kafka::group::Start;
 use tidemill_connectors::kafka::output::KafkaOutput;
+use tidemill_connectors::kafka::pattern;
 use tidemill_connectors::kafka::schema::{Encoding, RegistrySpec};
 use tidemill_connectors::kafka::source::{KafkaSource, KafkaSourceSpec, Topics};
 use tidemill_connectors::kafka::stats::KafkaStats;
@@ -87,7 +88,7 @@ fn topics(definition: &Definition, spec: &kafka::KafkaSourceSpec) -> Result<Topi
                 let help = Some(format!("write ^{}", pattern.value));
                 return Err(definition.error(pattern, "source.kafka.pattern", message, help));
             }
-            KafkaSource::check_pattern(&pattern.value)
+            pattern::check(&pattern.value)
                 .map_err(|reason| definition.error(pattern, "source.kafka.pattern", reason, None))?;
             Ok(Topics::Pattern(pattern.value.clone()))
         }
@@ -215,6 +216,18 @@ pub(super) fn target(
             if topic.value == spec.topic.value || topic.value == errors_topic {
                 let message = format!("output goes to the topic {:?} that is read", topic.value);
                 return Err(definition.error(&spec.topic, &format!("{key}.topic"), message, None));
+            }
+        }
+        if let Some(pattern) = &source.pattern {
+            let names = [&spec.topic.value, &errors_topic];
+            if let Some(topic) = names.into_iter().find(|name| pattern::matches(&pattern.value, name)) {
+                let message =
+                    format!("output goes to the topic {topic:?}, which the pattern of the source matches");
+                let help = Some(
+                    "it would read what it writes: name the topic otherwise, or narrow the pattern"
+                        .to_owned(),
+                );
+                return Err(definition.error(pattern, "source.kafka.pattern", message, help));
             }
         }
     } else if spec.partition == PartitionSpec::Input {

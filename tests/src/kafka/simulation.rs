@@ -335,6 +335,7 @@ impl Member {
                 timestamp: None,
                 input: epoch.input,
                 row,
+                num_refused: 0,
             });
             self.committer.stage(StagedEpoch {
                 input: epoch.input,

@@ -105,6 +105,7 @@ impl Records {
             timestamp: origin.as_ref().and_then(Origin::timestamp),
             input: document.id.file,
             row: document.id.row,
+            num_refused: 0,
         };
         let num_bytes = record.num_bytes();
         if num_bytes > self.limit {
@@ -126,6 +127,8 @@ impl Records {
             }
         };
         let mut headers = origin.as_ref().map(Origin::headers).unwrap_or_default();
+        // A record that came from an errors topic has such headers already.
+        headers.retain(|(name, _)| !name.starts_with(header::PREFIX));
         headers.extend([
             (header::PIPELINE.to_owned(), text(&self.pipeline)),
             (header::KIND.to_owned(), text(error.kind.as_str())),
@@ -151,6 +154,7 @@ impl Records {
             timestamp: origin.as_ref().and_then(Origin::timestamp),
             input: error.id.file,
             row: error.id.row,
+            num_refused: 0,
         }
     }
 }

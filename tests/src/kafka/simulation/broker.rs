@@ -253,7 +253,7 @@ impl Broker for Client {
             Fault::OffsetsAfterwards => {
                 loop {
                     match self.call(|client, state| client.end(state, true)) {
-                        Err(BrokerError::Retry(_)) if self.pause(Duration::from_millis(5)) => {}
+                        Err(BrokerError::Retry(_)) if self.pause(Duration::from_millis(5), "lost") => {}
                         result => break result?,
                     }
                 }
@@ -301,7 +301,11 @@ impl Broker for Client {
         })
     }
 
-    fn pause(&mut self, time: Duration) -> bool {
+    fn errors_limit(&self) -> usize {
+        usize::MAX
+    }
+
+    fn pause(&mut self, time: Duration, _reason: &str) -> bool {
         if self.has_crashed() {
             return false;
         }
