@@ -160,7 +160,9 @@ impl<B: Broker> Committer<B> {
                 Err(Failed::Fatal(reason)) => self.replace(reason)?,
                 Err(Failed::Refused { index, reason }) => {
                     self.refuse(index, &reason)?;
-                    self.abort(reason)?
+                    self.abort(reason)?;
+                    // It will not be sent there again, so there is nothing to wait for.
+                    continue;
                 }
                 Err(error) => return Err(error.give_up()),
             };
