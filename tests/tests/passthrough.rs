@@ -119,7 +119,7 @@ fn memory_does_not_grow_with_the_file() {
         assert_eq!(summary["documents"], row_groups * 256);
         summary["peak_memory_bytes"].as_u64().unwrap()
     };
-    let (small, large) = (peak(4), peak(32));
-    // 128 MiB more of input; the row group in progress is the only thing that may grow, up to its 32 MiB.
-    assert!(large < small + (64 << 20), "{} MiB for 16 MiB, {} MiB for 128 MiB", small >> 20, large >> 20);
+    // Row groups are written at 32 MiB, so both have had some, and the allocator has kept one or two of them.
+    let (small, large) = (peak(32), peak(64));
+    assert!(large < small + (48 << 20), "{} MiB for 128 MiB, {} MiB for 256 MiB", small >> 20, large >> 20);
 }
