@@ -22,7 +22,7 @@ use crate::document::Generated;
 /// Part of every key. Raise it when the same inputs may give another answer.
 const ENGINE_VERSION: u32 = 1;
 /// Of the store's pages: what is written is seldom read.
-const CACHE_BYTES: usize = 8 << 20;
+const CACHE_BYTES: usize = 2 << 20;
 const ANSWERS: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("answer-batches");
 /// What was written before the last rotation.
 const OLDER: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("older-answer-batches");

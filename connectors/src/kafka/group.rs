@@ -83,7 +83,7 @@ impl Group {
         cluster.check()?;
         let mut config = cluster.client(&[
             ("partition.assignment.strategy", "cooperative-sticky"),
-            ("queued.max.messages.kbytes", "8192"),
+            ("queued.max.messages.kbytes", "4096"),
             FETCH_QUEUE_BACKOFF,
             ("statistics.interval.ms", "1000"),
             ("session.timeout.ms", "10000"),

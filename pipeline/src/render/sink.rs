@@ -42,7 +42,7 @@ const MAX_STAGED_BYTES: u64 = 64 << 20;
 
 /// The journal is cut when it has this many answers: with those before them, some megabytes of memory tell where they
 /// are. An equal prompt that comes later is answered anew.
-const MAX_JOURNAL_ANSWERS: usize = 32_768;
+const MAX_JOURNAL_ANSWERS: usize = 16_384;
 
 /// When to commit, and when to give up.
 #[derive(Clone, Copy, Debug)]
