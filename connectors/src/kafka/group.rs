@@ -17,7 +17,6 @@ use rdkafka::consumer::{
 use rdkafka::error::KafkaError as Client;
 use rdkafka::error::KafkaResult;
 use rdkafka::message::BorrowedMessage;
-use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 use rdkafka::{Offset, Statistics, TopicPartitionList};
 
@@ -261,33 +260,47 @@ impl GroupContext {
         if matches!(self.start, Start::Earliest | Start::Committed) || list.count() == 0 {
             return Ok(());
         }
-        let committed = consumer.committed_offsets(list.clone(), QUERY_TIMEOUT)?;
-        let is_new = |one: &TopicPartitionListElem<'_>| one.offset() == Offset::Invalid;
-        let mut result = Ok(());
-        for _ in 0..MAX_LOOKUPS {
-            result = match self.start {
-                Start::Timestamp(_) => self.find_timestamps(consumer, list),
-                _ => Ok(()),
-            };
-            if result.is_ok() {
+        let mut begun = self.find_starts(consumer, list);
+        for _ in 1..MAX_LOOKUPS {
+            if begun.is_ok() {
                 break;
             }
+            begun = self.find_starts(consumer, list);
         }
-        result?;
-        let mut begun = TopicPartitionList::new();
-        for one in committed.elements().iter().filter(|one| is_new(one)) {
-            let found = list.find_partition(one.topic(), one.partition()).map(|found| found.offset());
-            let offset = match found {
-                Some(Offset::Offset(offset)) => offset,
-                _ => consumer.fetch_watermarks(one.topic(), one.partition(), QUERY_TIMEOUT)?.1,
-            };
-            list.set_partition_offset(one.topic(), one.partition(), Offset::Offset(offset))?;
-            begun.add_partition_offset(one.topic(), one.partition(), Offset::Offset(offset))?;
+        let begun = begun?;
+        for one in begun.elements() {
+            list.set_partition_offset(one.topic(), one.partition(), one.offset())?;
         }
         if begun.count() > 0 {
             consumer.commit(&begun, CommitMode::Sync)?;
         }
         Ok(())
+    }
+
+    /// Where to begin in those partitions that have no committed offset.
+    fn find_starts(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        list: &TopicPartitionList,
+    ) -> KafkaResult<TopicPartitionList> {
+        let committed = consumer.committed_offsets(list.clone(), QUERY_TIMEOUT)?;
+        let mut found = list.clone();
+        self.find_timestamps(consumer, &mut found)?;
+        let mut starts = TopicPartitionList::new();
+        for one in committed.elements() {
+            // Whether such a partition has an offset is not known, so it must not be given a new one.
+            one.error()?;
+            if one.offset() != Offset::Invalid {
+                continue;
+            }
+            let offset = match found.find_partition(one.topic(), one.partition()).map(|found| found.offset())
+            {
+                Some(Offset::Offset(offset)) => offset,
+                _ => consumer.fetch_watermarks(one.topic(), one.partition(), QUERY_TIMEOUT)?.1,
+            };
+            starts.add_partition_offset(one.topic(), one.partition(), Offset::Offset(offset))?;
+        }
+        Ok(starts)
     }
 
     /// Fills in the offsets of partitions which begin at a time and have none committed.
@@ -306,6 +319,10 @@ impl GroupContext {
             if one.offset() == Offset::Invalid && is_open {
                 times.add_partition_offset(one.topic(), one.partition(), Offset::Offset(timestamp))?;
             }
+        }
+        // The client calls an empty list an error; all have offsets wherever a group goes on.
+        if times.count() == 0 {
+            return Ok(());
         }
         for found in consumer.offsets_for_times(times, QUERY_TIMEOUT)?.elements() {
             list.set_partition_offset(found.topic(), found.partition(), found.offset())?;

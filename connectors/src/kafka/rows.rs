@@ -151,16 +151,25 @@ impl RowsBuilder {
 /// In order; a name may occur twice.
 type HeaderRefs<'a> = Vec<(&'a str, Option<&'a [u8]>)>;
 
-/// A record's headers, or why they cannot be read.
+/// A record's headers, or why they cannot be read. Nothing else may read them: the client's library panics where a name
+/// is not UTF-8, and has no other way to read it.
 pub(super) fn headers(message: &impl Message) -> Result<HeaderRefs<'_>, String> {
-    let Some(headers) = message.headers() else { return Ok(Vec::new()) };
-    caught(|| headers.iter().map(|header| (header.key, header.value)).collect())
-        .ok_or_else(|| "the name of a header is not UTF-8".to_owned())
+    read_headers(message.headers())
 }
 
-/// The client's library panics where the name of a header is not UTF-8, and has no other way to read it.
-fn caught<T>(read: impl FnOnce() -> T) -> Option<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).ok()
+fn read_headers<H: Headers>(headers: Option<&H>) -> Result<HeaderRefs<'_>, String> {
+    let Some(headers) = headers else { return Ok(Vec::new()) };
+    let read = || headers.iter().map(|header| (header.key, header.value)).collect();
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
+        .map_err(|_| "the name of a header is not UTF-8".to_owned())
+}
+
+/// What a record takes, its headers too where they can be read.
+pub(super) fn num_bytes_of(message: &impl Message) -> usize {
+    let len = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
+    let headers = headers(message).unwrap_or_default();
+    let in_headers: usize = headers.iter().map(|(name, value)| name.len() + len(*value)).sum();
+    len(message.payload()) + len(message.key()) + in_headers
 }
 
 struct KafkaBuilder {
@@ -215,12 +224,27 @@ impl KafkaBuilder {
 
 #[cfg(test)]
 mod tests {
+    use rdkafka::message::Header;
+
     use super::*;
+
+    /// As those of a record with a name that is not UTF-8: the library panics when it is read.
+    struct BadName;
+
+    impl Headers for BadName {
+        fn count(&self) -> usize {
+            1
+        }
+
+        fn try_get(&self, _index: usize) -> Option<Header<'_, &[u8]>> {
+            panic!("the name is not UTF-8")
+        }
+    }
 
     #[test]
     fn a_library_that_panics_on_data_rejects_the_record_and_no_more() {
-        assert_eq!(caught(|| 7), Some(7));
-        let name = String::from_utf8(vec![0xff]);
-        assert_eq!(caught(|| name.expect("the name is text").len()), None);
+        let reason = read_headers(Some(&BadName)).unwrap_err();
+        assert!(reason.contains("not UTF-8"), "{reason}");
+        assert_eq!(read_headers(None::<&BadName>), Ok(Vec::new()));
     }
 }

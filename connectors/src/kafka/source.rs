@@ -13,7 +13,7 @@ use std::time::Duration;
 use arrow::datatypes::SchemaRef;
 use rdkafka::Message;
 use rdkafka::error::KafkaError as Client;
-use rdkafka::message::{Headers, OwnedMessage};
+use rdkafka::message::OwnedMessage;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
@@ -22,7 +22,7 @@ use super::assignment::Partition;
 use super::config::{Cluster, reason};
 use super::format::{DecodeError, Decoder};
 use super::group::{Group, SharedGroup, Start};
-use super::rows::{RowsBuilder, kafka_schema};
+use super::rows::{RowsBuilder, kafka_schema, num_bytes_of};
 use super::stats::{KafkaStats, PartitionStats};
 use crate::source::{
     BatchLimits, Checkpoint, InputFile, InputNames, Position, Read, Source, SourceBatch, SourceError,
@@ -470,14 +470,6 @@ impl KafkaSource {
         tracing::info!(reason = reason(error), "consumer");
         Ok(())
     }
-}
-
-fn num_bytes_of(message: &impl Message) -> usize {
-    let len = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
-    let headers = message.headers();
-    let headers = headers.iter().flat_map(|headers| headers.iter());
-    let in_headers: usize = headers.map(|header| header.key.len() + len(header.value)).sum();
-    len(message.payload()) + len(message.key()) + in_headers
 }
 
 impl Drop for KafkaSource {
