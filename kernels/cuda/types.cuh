@@ -1,0 +1,126 @@
+// What every kernel builds on: integer types, bf16 and e4m3 numbers, shared memory.
+//
+// Compiled three ways: by nvcc ahead of time, by NVRTC at run time (so nothing of CUDA's own headers is
+// included), and by a C++ compiler over the emulation, where each wrapper of an instruction has its meaning
+// written out.
+#pragma once
+
+#ifdef __CUDACC__
+#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+typedef unsigned long long uintptr_t;
+#else
+#include <stdint.h>
+#endif
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+// Dynamic shared memory, aligned for the swizzles of TMA.
+#define DYN_SHARED(T, name)                                \
+  extern __shared__ __align__(1024) char dynamic_shared[]; \
+  T* name = (T*)dynamic_shared
+#define EMU_KERNEL(f)
+#define PLANTED(name) false
+#else
+#include "emu.h"
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// Eight-bit floats with 4 bits of exponent and 3 of mantissa: no infinity, up to 448.
+struct e4m3 {
+  uint8_t bits;
+};
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float to_float(bf16 x) {
+  return __uint_as_float((uint32_t)x.bits << 16);
+}
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+
+__device__ __forceinline__ float to_float(e4m3 x) {
+  // Exponent and mantissa stand in the place of a float's; the product moves the bias, also of subnormal
+  // numbers.
+  float magnitude = __uint_as_float((uint32_t)(x.bits & 0x7f) << 20) * __uint_as_float(0x7b800000u);
+  if ((x.bits & 0x7f) == 0x7f)
+    magnitude = __uint_as_float(0x7fc00000u);
+  return x.bits & 0x80 ? -magnitude : magnitude;
+}
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+__device__ __forceinline__ bf16 to_bf16(float x) {
+#ifdef __CUDACC__
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
+  uint32_t u = __float_as_uint(x);
+  if (x != x)
+    return {0x7fff};
+  return {(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+#endif
+}
+
+// Two numbers in a register, the first in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+#ifdef __CUDACC__
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+#else
+  return to_bf16(lo).bits | (uint32_t)to_bf16(hi).bits << 16;
+#endif
+}
+
+__device__ __forceinline__ float lo_of(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float hi_of(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+
+// Rounds to the nearest, ties to even; what is beyond 448 becomes 448, NaN stays NaN.
+__device__ __forceinline__ e4m3 to_e4m3(float x) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  return {(uint8_t)pair};
+#else
+  uint32_t u = __float_as_uint(x);
+  uint8_t sign = u >> 24 & 0x80;
+  float magnitude = fabsf(x);
+  if (x != x)
+    return {0x7f};
+  if (magnitude >= 448.0f)
+    return {(uint8_t)(sign | 0x7e)};
+  if (magnitude < 0.015625f)  // subnormal: steps of 2^-9
+    return {(uint8_t)(sign | (uint8_t)rintf(magnitude * 512.0f))};
+  u = (u & 0x7fffffff) + 0x7ffff + (u >> 20 & 1);
+  return {(uint8_t)(sign | ((u >> 20) - (120 << 3)))};
+#endif
+}
+
+// Sum over the lanes of a warp, in the same order in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2)
+    x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  return x;
+}

@@ -1,0 +1,77 @@
+//! `residual += delta`, then `out = norm(residual) * weight`; see `rms_norm.cu`.
+
+use half::bf16;
+
+use super::launch;
+use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::memory::DeviceVec;
+
+const KERNEL: Kernel = Kernel { name: "rms_norm", source: "rms_norm", block: 256, shared_bytes: 32 };
+
+/// What the rows become.
+pub(crate) enum NormOut<'a> {
+    Bf16(&'a DeviceVec<bf16>),
+    /// Numbers and a scale a row.
+    E4m3(&'a DeviceVec<u8>, &'a DeviceVec<f32>),
+}
+
+pub(crate) struct RmsNorm<'a> {
+    pub(crate) num_rows: usize,
+    /// `[rows, size]`
+    pub(crate) residual: &'a DeviceVec<f32>,
+    /// `[rows, size]`
+    pub(crate) delta: Option<&'a DeviceVec<bf16>>,
+    /// `[size]`
+    pub(crate) weight: &'a DeviceVec<f32>,
+    /// `[size]`: `delta` is normalized and multiplied by this first.
+    pub(crate) post_norm: Option<&'a DeviceVec<f32>>,
+    pub(crate) out: NormOut<'a>,
+    /// `[num_rows]`: which rows of the stream, which is only read then.
+    pub(crate) rows_of: Option<&'a DeviceVec<u32>>,
+    pub(crate) epsilon: f32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Params {
+    residual: Address,
+    delta: Address,
+    weight: Address,
+    post_norm: Address,
+    out: Address,
+    out_scale: Address,
+    rows_of: Address,
+    size: u32,
+    epsilon: f32,
+}
+
+pub(crate) fn rms_norm(device: &dyn Device, args: &RmsNorm<'_>) -> Result<(), DeviceError> {
+    let size = args.weight.len();
+    let len = args.num_rows * size;
+    assert!(args.rows_of.map_or(args.residual.len() >= len, |rows| rows.len() >= args.num_rows));
+    assert!(args.delta.is_none_or(|delta| delta.len() >= len && args.rows_of.is_none()));
+    assert!(args.post_norm.is_none_or(|weight| weight.len() == size));
+    let (out, out_scale) = match args.out {
+        NormOut::Bf16(out) => {
+            assert!(out.len() >= len);
+            (out.address(), Address::NULL)
+        }
+        NormOut::E4m3(out, scale) => {
+            assert!(out.len() >= len && scale.len() >= args.num_rows);
+            (out.address(), scale.address())
+        }
+    };
+    let params = Params {
+        residual: args.residual.address(),
+        delta: Address::of(args.delta),
+        weight: args.weight.address(),
+        post_norm: Address::of(args.post_norm),
+        out,
+        out_scale,
+        rows_of: Address::of(args.rows_of),
+        size: size as u32,
+        epsilon: args.epsilon,
+    };
+    // SAFETY: the lengths were checked above; rows of `rows_of` are those of the batch.
+    unsafe { launch(device, &KERNEL, [args.num_rows as u32, 1, 1], &params) }
+}

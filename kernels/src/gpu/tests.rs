@@ -1,0 +1,69 @@
+//! Every op on the emulation, under each order of threads, against a plain f32 loop on the same rounded numbers.
+//!
+//! Fresh memory is NaN and comparisons let NaN stick, so a number that a kernel reads unwritten, or leaves unwritten,
+//! fails. `mistakes` plants faults and sees that these tests would find them.
+
+mod rms_norm;
+
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::device::Device;
+use super::emulated::EmulatedDevice;
+use super::memory::{DeviceVec, Plain};
+
+/// Half a unit in the last place of bf16, and as much again for sums in another order.
+const BF16_TOLERANCE: f32 = 1.0 / 128.0;
+/// One step of e4m3's mantissa.
+const E4M3_TOLERANCE: f32 = 1.0 / 15.0;
+
+/// Devices for all orders.
+fn devices() -> Vec<Arc<dyn Device>> {
+    tidemill_cuda_emulation::ORDERS.iter().map(|&order| EmulatedDevice::new(order).shared()).collect()
+}
+
+/// Numbers between -1 and 1, the same for a seed.
+fn random(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
+/// As the device will hold them.
+fn rounded(values: Vec<f32>) -> Vec<f32> {
+    values.into_iter().map(|x| bf16::from_f32(x).to_f32()).collect()
+}
+
+fn to_bf16(values: &[f32]) -> Vec<bf16> {
+    values.iter().map(|&x| bf16::from_f32(x)).collect()
+}
+
+fn to_f32(values: &[bf16]) -> Vec<f32> {
+    values.iter().map(|x| x.to_f32()).collect()
+}
+
+fn put<T: Plain>(device: &Arc<dyn Device>, values: &[T]) -> DeviceVec<T> {
+    DeviceVec::from_slice(device, values).unwrap()
+}
+
+/// Unwritten.
+fn fresh<T: Plain>(device: &Arc<dyn Device>, len: usize) -> DeviceVec<T> {
+    DeviceVec::new(device, len).unwrap()
+}
+
+/// Within the tolerance, relative to the largest number; NaN never is.
+#[track_caller]
+fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(actual.len(), expected.len());
+    let scale = expected.iter().fold(1e-6f32, |max, value| max.max(value.abs()));
+    for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+        let error = (actual - expected).abs();
+        assert!(error <= tolerance * scale, "{what}: {actual} and {expected} at {i}");
+    }
+}

@@ -1,0 +1,88 @@
+use super::*;
+use crate::gpu::e4m3;
+use crate::gpu::ops::{NormOut, RmsNorm, rms_norm};
+
+fn norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
+    let squares: f32 = x.iter().map(|x| x * x).sum();
+    let scale = 1.0 / (squares / x.len() as f32 + epsilon).sqrt();
+    x.iter().zip(weight).map(|(x, weight)| x * scale * weight).collect()
+}
+
+#[test]
+fn adds_and_normalizes() {
+    const EPSILON: f32 = 1e-5;
+    for (seed, (num_rows, size)) in [(1, 32), (3, 576), (5, 1000)].into_iter().enumerate() {
+        let seed = seed as u64;
+        let residual = random(seed, num_rows * size);
+        let delta = rounded(random(seed + 10, num_rows * size));
+        let weight = random(seed + 20, size);
+        for has_post_norm in [false, true] {
+            let post_norm = random(seed + 30, size);
+            let sums: Vec<f32> = residual
+                .chunks(size)
+                .zip(delta.chunks(size))
+                .flat_map(|(x, delta)| {
+                    let delta = if has_post_norm { norm(delta, &post_norm, EPSILON) } else { delta.to_vec() };
+                    x.iter().zip(delta).map(|(x, d)| x + d).collect::<Vec<_>>()
+                })
+                .collect();
+            let expected: Vec<f32> = sums.chunks(size).flat_map(|x| norm(x, &weight, EPSILON)).collect();
+            for device in devices() {
+                let stream = put(&device, &residual);
+                let (delta, weight) = (put(&device, &to_bf16(&delta)), put(&device, &weight));
+                let post_norm = has_post_norm.then(|| put(&device, &post_norm));
+                let out = fresh(&device, num_rows * size);
+                let args = RmsNorm {
+                    num_rows,
+                    residual: &stream,
+                    delta: Some(&delta),
+                    weight: &weight,
+                    post_norm: post_norm.as_ref(),
+                    out: NormOut::Bf16(&out),
+                    rows_of: None,
+                    epsilon: EPSILON,
+                };
+                rms_norm(&*device, &args).unwrap();
+                assert_close(&stream.read().unwrap(), &sums, 1e-5, "stream");
+                assert_close(&to_f32(&out.read().unwrap()), &expected, BF16_TOLERANCE, "norm");
+                let (bytes, scale) = (fresh(&device, num_rows * size), fresh(&device, num_rows));
+                let args = RmsNorm { delta: None, out: NormOut::E4m3(&bytes, &scale), ..args };
+                rms_norm(&*device, &args).unwrap();
+                let scale = scale.read().unwrap();
+                let bytes = bytes.read().unwrap();
+                let numbers: Vec<f32> =
+                    bytes.iter().enumerate().map(|(i, &x)| e4m3::to_f32(x) * scale[i / size]).collect();
+                assert_close(&numbers, &expected, E4M3_TOLERANCE, "norm in e4m3");
+                assert!(
+                    bytes.chunks(size).all(|row| row.iter().any(|x| x & 0x7f == 0x7e)),
+                    "a scale is too large"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn gathers_rows() {
+    let (size, rows_of) = (64, [4u32, 0, 4]);
+    let (residual, weight) = (random(1, 5 * size), random(2, size));
+    let expected: Vec<f32> = rows_of
+        .iter()
+        .flat_map(|&row| norm(&residual[row as usize * size..][..size], &weight, 1e-6))
+        .collect();
+    for device in devices() {
+        let out = fresh(&device, rows_of.len() * size);
+        let args = RmsNorm {
+            num_rows: rows_of.len(),
+            residual: &put(&device, &residual),
+            delta: None,
+            weight: &put(&device, &weight),
+            post_norm: None,
+            out: NormOut::Bf16(&out),
+            rows_of: Some(&put(&device, &rows_of)),
+            epsilon: 1e-6,
+        };
+        rms_norm(&*device, &args).unwrap();
+        assert_close(&to_f32(&out.read().unwrap()), &expected, BF16_TOLERANCE, "gathered");
+    }
+}
