@@ -3,14 +3,13 @@
 //   residual[row] += post_norm ? norm(delta[row]) * post_norm : delta[row]
 //   out[row] = norm(residual[row]) * weight                      bf16, or e4m3 with a scale for the row
 //
-// Shapes: residual f32 [rows, size], delta bf16 [rows, size] or null, weight and post_norm f32 [size]. With `rows_of`,
-// row i of `out` comes from row rows_of[i] of the stream, which is only read then.
-// Grid: a block a row. Bytes: 4 + 2 read and 4 + 2 written a number; bound by memory.
-#include "types.cuh"
+// Shapes: residual f32 [rows, size], delta bf16 [rows, size] or null, weight and post_norm f32 [size]. With
+// `rows_of`, row i of `out` comes from row rows_of[i] of the stream, which is only read then. Grid: a block a
+// row. Bytes: 4 + 2 read and 4 + 2 written a number; bound by memory. The second look at a row finds it in
+// the L1 cache.
+#include "rows.cuh"
 
 namespace {
-
-constexpr int kThreads = 256;
 
 struct RmsNormParams {
   float* residual;
@@ -23,34 +22,9 @@ struct RmsNormParams {
   float epsilon;
 };
 
-// Sum over the block, the same in every thread; `parts` has a number a warp.
-__device__ float block_sum(float x, float* parts) {
-  x = warp_sum(x);
-  __syncthreads();  // the parts of the sum before are read
-  if (threadIdx.x % 32 == 0)
-    parts[threadIdx.x / 32] = x;
-  __syncthreads();
-  float sum = 0;
-  for (int i = 0; i < kThreads / 32; i++)
-    sum += parts[i];
-  return sum;
-}
-
-__device__ float block_max(float x, float* parts) {
-  x = warp_max(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0)
-    parts[threadIdx.x / 32] = x;
-  __syncthreads();
-  float max = parts[0];
-  for (int i = 1; i < kThreads / 32; i++)
-    max = fmaxf(max, parts[i]);
-  return max;
-}
-
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads) rms_norm(const __grid_constant__ RmsNormParams p) {
+extern "C" __global__ void __launch_bounds__(kRowThreads) rms_norm(const __grid_constant__ RmsNormParams p) {
   DYN_SHARED(float, parts);
   const size_t row = p.rows_of ? p.rows_of[blockIdx.x] : blockIdx.x;
   float* residual = p.residual + row * p.size;
@@ -58,34 +32,57 @@ extern "C" __global__ void __launch_bounds__(kThreads) rms_norm(const __grid_con
   float delta_scale = 1;
   if (delta && p.post_norm) {
     float squares = 0;
-    for (uint32_t i = threadIdx.x; i < p.size; i += kThreads) {
-      float x = to_float(delta[i]);
-      squares += x * x;
+    for (uint32_t i = threadIdx.x * 8; i < p.size; i += kRowThreads * 8) {
+      const Eight d = load_eight(delta + i);
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        squares += d.x[j] * d.x[j];
     }
     delta_scale = rsqrtf(block_sum(squares, parts) / p.size + p.epsilon);
   }
-  // Each thread reads again only what it wrote itself.
+  // Each thread looks again only at what it wrote itself.
   float squares = 0, largest = 0;
-  for (uint32_t i = threadIdx.x; i < p.size; i += kThreads) {
-    float x = residual[i];
+  for (uint32_t i = threadIdx.x * 8; i < p.size; i += kRowThreads * 8) {
+    Eight x = load_eight(residual + i);
+    const Eight weight = load_eight(p.weight + i);
     if (delta) {
-      float d = to_float(delta[i]);
-      x += p.post_norm ? d * delta_scale * p.post_norm[i] : d;
-      residual[i] = x;
+      const Eight d = load_eight(delta + i);
+      if (p.post_norm) {
+        const Eight post = load_eight(p.post_norm + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          x.x[j] += d.x[j] * delta_scale * post.x[j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          x.x[j] += d.x[j];
+      }
+      store_eight(residual + i, x);
     }
-    squares += x * x;
-    largest = fmaxf(largest, fabsf(x * p.weight[i]));
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      squares += x.x[j] * x.x[j];
+      largest = fmaxf(largest, fabsf(x.x[j] * weight.x[j]));
+    }
   }
-  const float scale = rsqrtf(block_sum(squares, parts) / p.size + p.epsilon);
+  float scale = rsqrtf(block_sum(squares, parts) / p.size + p.epsilon);
   if (p.out_scale) {
-    const float step = fmaxf(block_max(largest, parts) * scale, 1e-12f) / 448.0f;
+    const float step = e4m3_step(block_max(largest, parts) * scale);
     if (threadIdx.x == 0)
       p.out_scale[blockIdx.x] = step;
-    for (uint32_t i = threadIdx.x; i < p.size; i += kThreads)
-      ((e4m3*)p.out)[(size_t)blockIdx.x * p.size + i] = to_e4m3(residual[i] * scale * p.weight[i] / step);
-  } else {
-    for (uint32_t i = threadIdx.x; i < p.size; i += kThreads)
-      ((bf16*)p.out)[(size_t)blockIdx.x * p.size + i] = to_bf16(residual[i] * scale * p.weight[i]);
+    scale /= step;
+  }
+  for (uint32_t i = threadIdx.x * 8; i < p.size; i += kRowThreads * 8) {
+    Eight x = load_eight(residual + i);
+    const Eight weight = load_eight(p.weight + i);
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      x.x[j] *= scale * weight.x[j];
+    const size_t at = (size_t)blockIdx.x * p.size + i;
+    if (p.out_scale)
+      store_eight((e4m3*)p.out + at, x);
+    else
+      store_eight((bf16*)p.out + at, x);
   }
 }
 EMU_KERNEL(rms_norm)

@@ -15,3 +15,4 @@ mod emulated;
 mod tests;
 
 pub use self::device::DeviceError;
+pub use self::ops::KvDtype;

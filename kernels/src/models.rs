@@ -25,6 +25,7 @@ use crate::safetensors::SafetensorsError;
 pub use self::checkpoint::Checkpoint;
 pub use self::config::{ExpertsConfig, ModelConfig};
 pub use self::fake::{FakeConfig, FakeModel};
+pub(crate) use self::families::Activation;
 pub use self::families::Family;
 pub use self::rope::{RopeConfig, RopeScaling};
 pub use self::transformer::{KvConfig, Transformer};

@@ -94,6 +94,36 @@ impl<T: Plain> Drop for DeviceVec<T> {
     }
 }
 
+/// A part of an array: of the inputs of a step, which are copied as one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceSlice<'a, T: Plain> {
+    address: Address,
+    len: usize,
+    array: PhantomData<&'a T>,
+}
+
+impl<'a, T: Plain> DeviceSlice<'a, T> {
+    /// `len` elements of `array` from byte `first` on.
+    pub(crate) fn of_bytes(array: &'a DeviceVec<u8>, first: usize, len: usize) -> Self {
+        assert!(first.is_multiple_of(align_of::<T>()) && first + len * size_of::<T>() <= array.len());
+        Self { address: array.at(first), len, array: PhantomData }
+    }
+
+    pub(crate) fn address(&self) -> Address {
+        self.address
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl<'a, T: Plain> From<&'a DeviceVec<T>> for DeviceSlice<'a, T> {
+    fn from(array: &'a DeviceVec<T>) -> Self {
+        Self { address: array.address, len: array.len, array: PhantomData }
+    }
+}
+
 /// An array of the host that copies to and from a device read and write while the host goes on.
 #[derive(Debug)]
 pub(crate) struct PinnedVec<T: Plain> {

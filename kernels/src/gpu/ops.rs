@@ -2,11 +2,63 @@
 //!
 //! One file an op, under the name of its kernel. The structs of parameters are the kernels' own, field by field.
 
+mod copy_kv;
+mod embed;
+mod gated;
+mod linear;
+mod quantize;
 mod rms_norm;
+mod store_kv;
 
-pub(crate) use self::rms_norm::{NormOut, RmsNorm, rms_norm};
+use half::bf16;
 
-use super::device::{Device, DeviceError, Kernel};
+pub(crate) use self::copy_kv::{CopyKv, copy_kv};
+pub(crate) use self::embed::{Embed, embed};
+pub(crate) use self::gated::{Gated, gated};
+pub(crate) use self::linear::{LinearOut, Matrix, Rows, linear};
+pub(crate) use self::quantize::quantize;
+pub(crate) use self::rms_norm::{RmsNorm, rms_norm};
+pub use self::store_kv::KvDtype;
+pub(crate) use self::store_kv::{StoreKv, store_kv};
+use super::device::{Address, Device, DeviceError, Kernel};
+use super::memory::DeviceVec;
+
+/// Threads of a block that shares a row, and the shared memory for its sums.
+const ROW_THREADS: u32 = 256;
+const ROW_SHARED_BYTES: u32 = ROW_THREADS / 32 * size_of::<f32>() as u32;
+
+/// Numbers that a kernel reads or writes at once.
+pub(crate) const ROW_MULTIPLE: usize = 8;
+
+/// Where an op writes rows that a matrix product reads.
+#[derive(Clone, Copy)]
+pub(crate) enum RowsOut<'a> {
+    Bf16(&'a DeviceVec<bf16>),
+    /// Numbers and a scale a row.
+    E4m3(&'a DeviceVec<u8>, &'a DeviceVec<f32>),
+}
+
+impl RowsOut<'_> {
+    /// Addresses of the numbers and of the scales, if there are `num_rows` of `size`.
+    fn addresses(&self, num_rows: usize, size: usize) -> (Address, Address) {
+        assert!(size > 0 && size.is_multiple_of(ROW_MULTIPLE), "rows of {size} numbers");
+        match self {
+            Self::Bf16(out) => {
+                assert!(out.len() >= num_rows * size);
+                (out.address(), Address::NULL)
+            }
+            Self::E4m3(out, scale) => {
+                assert!(out.len() >= num_rows * size && scale.len() >= num_rows);
+                (out.address(), scale.address())
+            }
+        }
+    }
+}
+
+/// A kernel whose blocks share a row each.
+const fn row_kernel(name: &'static str) -> Kernel {
+    Kernel { name, source: name, block: ROW_THREADS, shared_bytes: ROW_SHARED_BYTES }
+}
 
 /// Queues a kernel with its struct of parameters.
 ///
@@ -18,7 +70,7 @@ unsafe fn launch<P: Copy>(
     grid: [u32; 3],
     params: &P,
 ) -> Result<(), DeviceError> {
-    let bytes = (params as *const P).cast();
+    let bytes = (&raw const *params).cast();
     // SAFETY: the bytes of the struct are copied as they are; its padding is never looked at.
     let bytes = unsafe { std::slice::from_raw_parts(bytes, size_of::<P>()) };
     // SAFETY: the caller says so.

@@ -4,6 +4,8 @@
 //! fails. `mistakes` plants faults and sees that these tests would find them.
 
 mod rms_norm;
+mod rows;
+mod store_kv;
 
 use std::sync::Arc;
 

@@ -2,18 +2,11 @@
 
 use half::bf16;
 
-use super::launch;
+use super::{RowsOut, launch, row_kernel};
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
 use crate::gpu::memory::DeviceVec;
 
-const KERNEL: Kernel = Kernel { name: "rms_norm", source: "rms_norm", block: 256, shared_bytes: 32 };
-
-/// What the rows become.
-pub(crate) enum NormOut<'a> {
-    Bf16(&'a DeviceVec<bf16>),
-    /// Numbers and a scale a row.
-    E4m3(&'a DeviceVec<u8>, &'a DeviceVec<f32>),
-}
+const KERNEL: Kernel = row_kernel("rms_norm");
 
 pub(crate) struct RmsNorm<'a> {
     pub(crate) num_rows: usize,
@@ -25,7 +18,7 @@ pub(crate) struct RmsNorm<'a> {
     pub(crate) weight: &'a DeviceVec<f32>,
     /// `[size]`: `delta` is normalized and multiplied by this first.
     pub(crate) post_norm: Option<&'a DeviceVec<f32>>,
-    pub(crate) out: NormOut<'a>,
+    pub(crate) out: RowsOut<'a>,
     /// `[num_rows]`: which rows of the stream, which is only read then.
     pub(crate) rows_of: Option<&'a DeviceVec<u32>>,
     pub(crate) epsilon: f32,
@@ -51,16 +44,7 @@ pub(crate) fn rms_norm(device: &dyn Device, args: &RmsNorm<'_>) -> Result<(), De
     assert!(args.rows_of.map_or(args.residual.len() >= len, |rows| rows.len() >= args.num_rows));
     assert!(args.delta.is_none_or(|delta| delta.len() >= len && args.rows_of.is_none()));
     assert!(args.post_norm.is_none_or(|weight| weight.len() == size));
-    let (out, out_scale) = match args.out {
-        NormOut::Bf16(out) => {
-            assert!(out.len() >= len);
-            (out.address(), Address::NULL)
-        }
-        NormOut::E4m3(out, scale) => {
-            assert!(out.len() >= len && scale.len() >= args.num_rows);
-            (out.address(), scale.address())
-        }
-    };
+    let (out, out_scale) = args.out.addresses(args.num_rows, size);
     let params = Params {
         residual: args.residual.address(),
         delta: Address::of(args.delta),

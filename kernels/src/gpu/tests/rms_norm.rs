@@ -1,6 +1,6 @@
 use super::*;
 use crate::gpu::e4m3;
-use crate::gpu::ops::{NormOut, RmsNorm, rms_norm};
+use crate::gpu::ops::{RmsNorm, RowsOut, rms_norm};
 
 fn norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
     let squares: f32 = x.iter().map(|x| x * x).sum();
@@ -38,7 +38,7 @@ fn adds_and_normalizes() {
                     delta: Some(&delta),
                     weight: &weight,
                     post_norm: post_norm.as_ref(),
-                    out: NormOut::Bf16(&out),
+                    out: RowsOut::Bf16(&out),
                     rows_of: None,
                     epsilon: EPSILON,
                 };
@@ -46,7 +46,7 @@ fn adds_and_normalizes() {
                 assert_close(&stream.read().unwrap(), &sums, 1e-5, "stream");
                 assert_close(&to_f32(&out.read().unwrap()), &expected, BF16_TOLERANCE, "norm");
                 let (bytes, scale) = (fresh(&device, num_rows * size), fresh(&device, num_rows));
-                let args = RmsNorm { delta: None, out: NormOut::E4m3(&bytes, &scale), ..args };
+                let args = RmsNorm { delta: None, out: RowsOut::E4m3(&bytes, &scale), ..args };
                 rms_norm(&*device, &args).unwrap();
                 let scale = scale.read().unwrap();
                 let bytes = bytes.read().unwrap();
@@ -78,7 +78,7 @@ fn gathers_rows() {
             delta: None,
             weight: &put(&device, &weight),
             post_norm: None,
-            out: NormOut::Bf16(&out),
+            out: RowsOut::Bf16(&out),
             rows_of: Some(&put(&device, &rows_of)),
             epsilon: 1e-6,
         };

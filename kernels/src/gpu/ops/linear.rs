@@ -1,0 +1,68 @@
+//! `out[m, n] = sum over k of x[m, k] * weight[n, k]`, by the matrix library of the device.
+
+use half::bf16;
+
+use super::ROW_MULTIPLE;
+use crate::gpu::device::{Device, DeviceError, Gemm, GemmInput, GemmOutput};
+use crate::gpu::memory::DeviceVec;
+
+/// Weights `[num_outputs, num_inputs]`.
+#[derive(Debug)]
+pub(crate) struct Matrix {
+    pub(crate) num_outputs: usize,
+    pub(crate) num_inputs: usize,
+    pub(crate) values: MatrixValues,
+}
+
+#[derive(Debug)]
+pub(crate) enum MatrixValues {
+    Bf16(DeviceVec<bf16>),
+    /// Numbers, and a scale for each row.
+    E4m3(DeviceVec<u8>, DeviceVec<f32>),
+}
+
+/// Rows that meet a matrix, in its numbers.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    Bf16(&'a DeviceVec<bf16>),
+    E4m3(&'a DeviceVec<u8>, &'a DeviceVec<f32>),
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum LinearOut<'a> {
+    Bf16(&'a DeviceVec<bf16>),
+    F32(&'a DeviceVec<f32>),
+}
+
+pub(crate) fn linear(
+    device: &dyn Device,
+    num_rows: usize,
+    x: Rows<'_>,
+    weight: &Matrix,
+    out: LinearOut<'_>,
+    batch_invariant: bool,
+) -> Result<(), DeviceError> {
+    let (n, k) = (weight.num_outputs, weight.num_inputs);
+    assert!(n.is_multiple_of(ROW_MULTIPLE) && k.is_multiple_of(ROW_MULTIPLE), "a matrix of {n} by {k}");
+    let (input, x, x_scale, x_len) = match x {
+        Rows::Bf16(x) => (GemmInput::Bf16, x.address(), None, x.len()),
+        Rows::E4m3(x, scale) => {
+            assert!(scale.len() >= num_rows);
+            (GemmInput::E4m3, x.address(), Some(scale.address()), x.len())
+        }
+    };
+    let (weight, weight_scale) = match (&weight.values, input) {
+        (MatrixValues::Bf16(values), GemmInput::Bf16) => (values.address(), None),
+        (MatrixValues::E4m3(values, scale), GemmInput::E4m3) => (values.address(), Some(scale.address())),
+        _ => panic!("rows and matrix are of different numbers"),
+    };
+    let (output, out, out_len) = match out {
+        LinearOut::Bf16(out) => (GemmOutput::Bf16, out.address(), out.len()),
+        LinearOut::F32(out) => (GemmOutput::F32, out.address(), out.len()),
+    };
+    assert!(x_len >= num_rows * k && out_len >= num_rows * n);
+    let gemm =
+        Gemm { m: num_rows, n, k, input, output, x, weight, out, x_scale, weight_scale, batch_invariant };
+    // SAFETY: the lengths were checked above, and that of the weights when they were made.
+    unsafe { device.gemm(&gemm) }
+}
