@@ -8,11 +8,35 @@ mod device;
 mod e4m3;
 mod memory;
 mod ops;
+mod weights;
 
 #[cfg(test)]
 mod emulated;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
+use self::device::Device;
 pub use self::device::DeviceError;
 pub use self::ops::KvDtype;
+pub use self::weights::{GpuOptions, GpuWeights, WeightDtype};
+
+/// A GPU that models can use.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    device: Arc<dyn Device>,
+}
+
+/// Why a model cannot use a GPU.
+#[derive(Debug, thiserror::Error)]
+pub enum GpuError {
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("heads of dimension {head_dim} are not computed on a GPU: it must be a multiple of 4 up to 256")]
+    HeadDim { head_dim: u32 },
+    #[error("the {what} {size} is not a multiple of {multiple}, which GPUs need")]
+    Size { what: &'static str, size: u32, multiple: u32 },
+    #[error("mixtures of experts are not computed on a GPU yet")]
+    Experts,
+}

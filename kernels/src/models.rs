@@ -20,6 +20,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::gguf::GgufError;
+use crate::gpu::GpuError;
 use crate::safetensors::SafetensorsError;
 
 pub use self::checkpoint::Checkpoint;
@@ -61,6 +62,8 @@ pub enum ModelError {
     NotFinite { path: PathBuf, name: String },
     #[error("head dimension {head_dim} is not a multiple of {multiple}, which the fast path needs")]
     HeadDim { head_dim: u32, multiple: u32 },
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     #[error("page size {page_size} is not a power of two from {min} to {max}")]
     PageSize { page_size: u32, min: u32, max: u32 },
     #[error("a cache of {num_pages} pages of {page_size} tokens is too large or empty")]

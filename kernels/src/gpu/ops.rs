@@ -7,6 +7,7 @@ mod embed;
 mod gated;
 mod linear;
 mod quantize;
+mod randomize;
 mod rms_norm;
 mod store_kv;
 
@@ -15,8 +16,9 @@ use half::bf16;
 pub(crate) use self::copy_kv::{CopyKv, copy_kv};
 pub(crate) use self::embed::{Embed, embed};
 pub(crate) use self::gated::{Gated, gated};
-pub(crate) use self::linear::{LinearOut, Matrix, Rows, linear};
+pub(crate) use self::linear::{LinearOut, Matrix, MatrixValues, Rows, linear};
 pub(crate) use self::quantize::quantize;
+pub(crate) use self::randomize::randomize;
 pub(crate) use self::rms_norm::{RmsNorm, rms_norm};
 pub use self::store_kv::KvDtype;
 pub(crate) use self::store_kv::{StoreKv, store_kv};

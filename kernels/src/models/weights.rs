@@ -5,12 +5,14 @@
 //! Weights are immutable and shared: any number of models may hold one `Arc`.
 
 mod loader;
+mod source;
 
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
 use self::loader::Loader;
+pub(crate) use self::source::{MatrixRole, MatrixSource};
 use crate::backend::{Backend, RopeTable};
 use crate::cpu::packed::Packing;
 use crate::cpu::{Cpu, Isa, LANES};
@@ -41,52 +43,75 @@ pub(crate) enum AnyLayers {
     Fast(Arc<Layers<Cpu>>),
 }
 
-/// All matrices, for one backend.
-pub(crate) struct Layers<B: Backend> {
+/// How a path keeps its matrices.
+pub(crate) trait Matrices {
+    type Matrix: Send + Sync;
+
+    fn make(&self, source: &MatrixSource<'_>) -> Result<Self::Matrix, ModelError>;
+    /// The last matrix was made.
+    fn finish(&self) -> Result<(), ModelError>;
+}
+
+impl<B: Backend> Matrices for B {
+    type Matrix = <B as Backend>::Matrix;
+
+    fn make(&self, source: &MatrixSource<'_>) -> Result<Self::Matrix, ModelError> {
+        let fill_row = &mut |row, out: &mut [f32]| source.fill(row, out);
+        Ok(self.matrix(source.num_outputs(), source.num_inputs, fill_row))
+    }
+
+    fn finish(&self) -> Result<(), ModelError> {
+        self.finish_loading();
+        Ok(())
+    }
+}
+
+/// All weights, the matrices as one path keeps them.
+pub(crate) struct Layers<M: Matrices> {
     pub(crate) config: ModelConfig,
     pub(crate) architecture: &'static Architecture,
-    pub(crate) backend: B,
-    pub(crate) embedding: B::Matrix,
-    pub(crate) layers: Vec<Layer<B>>,
+    pub(crate) backend: M,
+    pub(crate) embedding: M::Matrix,
+    pub(crate) layers: Vec<Layer<M>>,
     pub(crate) output_norm: Vec<f32>,
     /// None where the embedding is the output head too.
-    output: Option<B::Matrix>,
+    output: Option<M::Matrix>,
     rope: RopeTable,
     /// For layers with a window, where it is another.
     window_rope: Option<RopeTable>,
 }
 
-pub(crate) struct Layer<B: Backend> {
+pub(crate) struct Layer<M: Matrices> {
     pub(crate) attention_norm: Vec<f32>,
     /// Queries, keys and values of all heads in one matrix.
-    pub(crate) qkv: B::Matrix,
+    pub(crate) qkv: M::Matrix,
     pub(crate) qkv_bias: Option<Vec<f32>>,
     /// Of each head of the queries, and of the keys.
     pub(crate) head_norms: Option<[Vec<f32>; 2]>,
-    pub(crate) attention_output: B::Matrix,
+    pub(crate) attention_output: M::Matrix,
     pub(crate) post_attention_norm: Option<Vec<f32>>,
     pub(crate) feed_forward_norm: Vec<f32>,
-    pub(crate) feed_forward: FeedForward<B>,
+    pub(crate) feed_forward: FeedForward<M>,
     pub(crate) post_feed_forward_norm: Option<Vec<f32>>,
 }
 
-pub(crate) enum FeedForward<B: Backend> {
-    Dense(Dense<B>),
-    Experts(Experts<B>),
+pub(crate) enum FeedForward<M: Matrices> {
+    Dense(Dense<M>),
+    Experts(Experts<M>),
 }
 
-pub(crate) struct Dense<B: Backend> {
+pub(crate) struct Dense<M: Matrices> {
     /// Gates, then ups.
-    pub(crate) gate_up: B::Matrix,
-    pub(crate) down: B::Matrix,
+    pub(crate) gate_up: M::Matrix,
+    pub(crate) down: M::Matrix,
 }
 
-pub(crate) struct Experts<B: Backend> {
+pub(crate) struct Experts<M: Matrices> {
     pub(crate) config: ExpertsConfig,
     /// A score for each expert.
-    pub(crate) router: B::Matrix,
+    pub(crate) router: M::Matrix,
     /// `[num_experts]`
-    pub(crate) experts: Vec<Dense<B>>,
+    pub(crate) experts: Vec<Dense<M>>,
 }
 
 /// Where the fast path keeps packed weights, so that the next start maps them.
@@ -139,8 +164,23 @@ impl fmt::Debug for ModelWeights {
     }
 }
 
-impl<B: Backend> Layers<B> {
-    pub(crate) fn output(&self) -> &B::Matrix {
+/// What [`Layers`] holds but what it was made with, for a path that keeps it in another form.
+pub(crate) struct Parts<M: Matrices> {
+    pub(crate) embedding: M::Matrix,
+    pub(crate) layers: Vec<Layer<M>>,
+    pub(crate) output_norm: Vec<f32>,
+    pub(crate) output: Option<M::Matrix>,
+    pub(crate) rope: RopeTable,
+    pub(crate) window_rope: Option<RopeTable>,
+}
+
+impl<M: Matrices> Layers<M> {
+    pub(crate) fn into_parts(self) -> Parts<M> {
+        let Self { embedding, layers, output_norm, output, rope, window_rope, .. } = self;
+        Parts { embedding, layers, output_norm, output, rope, window_rope }
+    }
+
+    pub(crate) fn output(&self) -> &M::Matrix {
         self.output.as_ref().unwrap_or(&self.embedding)
     }
 
@@ -149,20 +189,25 @@ impl<B: Backend> Layers<B> {
         self.window_rope.as_ref().filter(|_| window.is_some()).unwrap_or(&self.rope)
     }
 
-    fn load(checkpoint: &Checkpoint, config: &ModelConfig, backend: B) -> Result<Self, ModelError> {
+    pub(crate) fn load(
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        backend: M,
+    ) -> Result<Self, ModelError> {
         let mut loader = Loader::new(checkpoint, config, &backend);
         let (hidden, vocab) = (config.hidden_size as usize, config.vocab_size as usize);
         let name = |part| TensorName { layer: None, part, expert: None };
-        let embedding = loader.matrix(hidden, &[(name("token_embd.weight"), vocab)])?;
+        let embedding =
+            loader.matrix(MatrixRole::Embedding, hidden, &[(name("token_embd.weight"), vocab)])?;
         let output = match config.tied_output {
             true => None,
-            false => Some(loader.matrix(hidden, &[(name("output.weight"), vocab)])?),
+            false => Some(loader.matrix(MatrixRole::Output, hidden, &[(name("output.weight"), vocab)])?),
         };
         let output_norm = loader.norm(name("output_norm.weight"), hidden)?;
         let layers = (0..config.num_layers).map(|index| loader.layer(index)).collect::<Result<_, _>>()?;
         let frequencies = loader.frequencies()?;
         loader.check_all_used()?;
-        backend.finish_loading();
+        backend.finish()?;
         let max_position = config.max_position as usize;
         let window_frequencies = config.window_rope.map(|rope| rope.frequencies(config.head_dim as usize));
         Ok(Self {

@@ -5,29 +5,28 @@
 
 use std::collections::BTreeSet;
 
-use super::{Dense, Experts, FeedForward, Layer};
-use crate::backend::Backend;
+use super::{Dense, Experts, FeedForward, Layer, Matrices, MatrixRole, MatrixSource};
 use crate::gguf::TensorView;
 use crate::models::checkpoint::{Checkpoint, TensorName};
 use crate::models::families::Architecture;
 use crate::models::{ModelConfig, ModelError};
 use crate::quant::dequantize;
 
-pub(super) struct Loader<'a, B> {
+pub(super) struct Loader<'a, M> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
     architecture: &'static Architecture,
-    backend: &'a B,
+    backend: &'a M,
     used: BTreeSet<String>,
 }
 
-impl<'a, B: Backend> Loader<'a, B> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, config: &'a ModelConfig, backend: &'a B) -> Self {
+impl<'a, M: Matrices> Loader<'a, M> {
+    pub(super) fn new(checkpoint: &'a Checkpoint, config: &'a ModelConfig, backend: &'a M) -> Self {
         let architecture = config.family.architecture();
         Self { checkpoint, config, architecture, backend, used: BTreeSet::new() }
     }
 
-    pub(super) fn layer(&mut self, index: u32) -> Result<Layer<B>, ModelError> {
+    pub(super) fn layer(&mut self, index: u32) -> Result<Layer<M>, ModelError> {
         let config = self.config;
         let [hidden, head_dim] = [config.hidden_size, config.head_dim].map(|size| size as usize);
         let q_len = config.num_heads as usize * head_dim;
@@ -40,13 +39,21 @@ impl<'a, B: Backend> Loader<'a, B> {
         let k_norm = self.optional_norm(name("attn_k_norm.weight"), head_dim)?;
         Ok(Layer {
             attention_norm: self.norm(name("attn_norm.weight"), hidden)?,
-            qkv: self.matrix(hidden, &qkv(["attn_q.weight", "attn_k.weight", "attn_v.weight"]))?,
+            qkv: self.matrix(
+                MatrixRole::Qkv,
+                hidden,
+                &qkv(["attn_q.weight", "attn_k.weight", "attn_v.weight"]),
+            )?,
             qkv_bias: match self.architecture.has("attn_q.bias") {
                 true => Some(self.bias(&qkv(["attn_q.bias", "attn_k.bias", "attn_v.bias"]))?),
                 false => None,
             },
             head_norms: q_norm.zip(k_norm).map(|(q, k)| [q, k]),
-            attention_output: self.matrix(q_len, &[(name("attn_output.weight"), hidden)])?,
+            attention_output: self.matrix(
+                MatrixRole::AttentionOutput,
+                q_len,
+                &[(name("attn_output.weight"), hidden)],
+            )?,
             post_attention_norm: self.optional_norm(name("post_attention_norm.weight"), hidden)?,
             feed_forward_norm: self.norm(name("ffn_norm.weight"), hidden)?,
             feed_forward: self.feed_forward(index)?,
@@ -54,7 +61,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         })
     }
 
-    fn feed_forward(&mut self, layer: u32) -> Result<FeedForward<B>, ModelError> {
+    fn feed_forward(&mut self, layer: u32) -> Result<FeedForward<M>, ModelError> {
         let Some(experts) = self.config.experts else {
             let parts = ["ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"];
             return Ok(FeedForward::Dense(self.dense(layer, parts, None)?));
@@ -73,7 +80,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let router = TensorName { layer: Some(layer), part: "ffn_gate_inp.weight", expert: None };
         Ok(FeedForward::Experts(Experts {
             config: experts,
-            router: self.matrix(hidden, &[(router, experts.num_experts as usize)])?,
+            router: self.matrix(MatrixRole::Router, hidden, &[(router, experts.num_experts as usize)])?,
             experts: (0..experts.num_experts)
                 .map(|expert| self.dense(layer, parts, Some(expert)))
                 .collect::<Result<_, _>>()?,
@@ -85,13 +92,17 @@ impl<'a, B: Backend> Loader<'a, B> {
         layer: u32,
         [gate, up, down]: [&'static str; 3],
         expert: Option<u32>,
-    ) -> Result<Dense<B>, ModelError> {
+    ) -> Result<Dense<M>, ModelError> {
         let hidden = self.config.hidden_size as usize;
         let intermediate = self.config.intermediate_size as usize;
         let name = |part| TensorName { layer: Some(layer), part, expert };
         Ok(Dense {
-            gate_up: self.matrix(hidden, &[(name(gate), intermediate), (name(up), intermediate)])?,
-            down: self.matrix(intermediate, &[(name(down), hidden)])?,
+            gate_up: self.matrix(
+                MatrixRole::GateUp,
+                hidden,
+                &[(name(gate), intermediate), (name(up), intermediate)],
+            )?,
+            down: self.matrix(MatrixRole::Down, intermediate, &[(name(down), hidden)])?,
         })
     }
 
@@ -145,10 +156,11 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// One matrix from the rows of several tensors, one below the other.
     pub(super) fn matrix(
         &mut self,
+        role: MatrixRole,
         num_inputs: usize,
         parts: &[(TensorName, usize)],
-    ) -> Result<B::Matrix, ModelError> {
-        let mut sources = Vec::new();
+    ) -> Result<M::Matrix, ModelError> {
+        let mut source = MatrixSource::new(role, num_inputs);
         for &(name, num_outputs) in parts {
             let tensor = self.tensor(name, &[num_outputs, num_inputs])?;
             let is_interleaved = ["attn_q.weight", "attn_k.weight"].contains(&name.part)
@@ -158,16 +170,11 @@ impl<'a, B: Backend> Loader<'a, B> {
             for row in 0..num_outputs {
                 let row =
                     if is_interleaved { interleaved_row(row, self.config.head_dim as usize) } else { row };
-                sources.push((tensor.dtype, &tensor.data[row * row_bytes..(row + 1) * row_bytes]));
+                source.push(tensor.dtype, &tensor.data[row * row_bytes..(row + 1) * row_bytes]);
             }
         }
-        let mut finite = true;
-        let matrix = self.backend.matrix(sources.len(), num_inputs, &mut |row, out| {
-            let (dtype, data) = sources[row];
-            dequantize(dtype, data, out);
-            finite &= out.iter().all(|v| v.is_finite());
-        });
-        self.check_finite(parts[0].0, finite)?;
+        let matrix = self.backend.make(&source)?;
+        self.check_finite(parts[0].0, source.was_finite())?;
         Ok(matrix)
     }
 

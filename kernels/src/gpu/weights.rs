@@ -1,0 +1,259 @@
+//! The weights of a model in the memory of a GPU.
+//!
+//! Rows go from the mapped file through pinned buffers, filled by all cores while the copy before is under way. Heads
+//! are laid out for the attention kernel, which knows a few dimensions: narrower ones are padded with zeros here, and
+//! nothing else sees it. Matrices are bf16, or e4m3 with a scale for each output; embedding and output head stay bf16.
+
+mod random;
+mod upload;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::bf16;
+
+use self::upload::Uploader;
+use super::device::{Device, DeviceError};
+use super::memory::DeviceVec;
+use super::ops::{KvDtype, Matrix, MatrixValues, ROW_MULTIPLE, quantize};
+use super::{Gpu, GpuError};
+use crate::backend::RopeTable;
+use crate::models::weights::{FeedForward, Layers, Matrices, MatrixRole, MatrixSource};
+use crate::models::{Activation, Checkpoint, ModelConfig, ModelError};
+
+/// Head dimensions of the attention kernels.
+const HEAD_DIMS: [usize; 3] = [64, 128, 256];
+
+/// Numbers of the large matrices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightDtype {
+    #[default]
+    Bf16,
+    /// Rounded to 8 bits at load, activations as they come.
+    E4m3,
+}
+
+/// How a model computes on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GpuOptions {
+    pub weight_dtype: WeightDtype,
+    pub kv_dtype: KvDtype,
+    /// Answers do not depend on what else is in the batch; costs speed.
+    pub deterministic: bool,
+}
+
+/// The weights of one model on one GPU.
+pub struct GpuWeights {
+    pub config: ModelConfig,
+    pub options: GpuOptions,
+    pub(super) device: Arc<dyn Device>,
+    /// Numbers from one head to the next.
+    pub(super) stride: usize,
+    pub(super) activation: Activation,
+    pub(super) scaled_embedding: bool,
+    /// `[vocab, hidden_size]`
+    pub(super) embedding: Matrix,
+    /// None where the embedding is the output head too.
+    pub(super) output: Option<Matrix>,
+    pub(super) output_norm: DeviceVec<f32>,
+    pub(super) layers: Vec<GpuLayer>,
+    pub(super) rope: RopeTable,
+    pub(super) window_rope: Option<RopeTable>,
+}
+
+pub(super) struct GpuLayer {
+    pub(super) attention_norm: DeviceVec<f32>,
+    pub(super) qkv: Matrix,
+    pub(super) qkv_bias: Option<DeviceVec<f32>>,
+    pub(super) head_norms: Option<[DeviceVec<f32>; 2]>,
+    pub(super) attention_output: Matrix,
+    pub(super) post_attention_norm: Option<DeviceVec<f32>>,
+    pub(super) feed_forward_norm: DeviceVec<f32>,
+    /// Gates, then ups.
+    pub(super) gate_up: Matrix,
+    pub(super) down: Matrix,
+    pub(super) post_feed_forward_norm: Option<DeviceVec<f32>>,
+}
+
+impl GpuWeights {
+    pub fn load(gpu: &Gpu, checkpoint: &Checkpoint, options: GpuOptions) -> Result<Arc<Self>, ModelError> {
+        let config = checkpoint.config()?;
+        let heads = Heads::of(&config)?;
+        let maker = Maker {
+            device: Arc::clone(&gpu.device),
+            options,
+            heads,
+            uploader: Mutex::new(Uploader::new(&gpu.device)?),
+        };
+        let layers = Layers::load(checkpoint, &config, maker)?;
+        Ok(Arc::new(Self::from_layers(layers, options)?))
+    }
+
+    /// The numbers of a layer, padded heads and all, and of embedding and head.
+    fn from_layers(layers: Layers<Maker>, options: GpuOptions) -> Result<Self, ModelError> {
+        let device = Arc::clone(&layers.backend.device);
+        let heads = layers.backend.heads;
+        let architecture = layers.architecture;
+        let put = |values: &[f32]| DeviceVec::from_slice(&device, values);
+        let put_option = |values: Option<Vec<f32>>| values.map(|values| put(&values)).transpose();
+        let (config, parts) = (layers.config.clone(), layers.into_parts());
+        let mut gpu_layers = Vec::with_capacity(parts.layers.len());
+        for layer in parts.layers {
+            let FeedForward::Dense(dense) = layer.feed_forward else {
+                return Err(GpuError::Experts.into());
+            };
+            gpu_layers.push(GpuLayer {
+                attention_norm: put(&layer.attention_norm)?,
+                qkv: layer.qkv,
+                qkv_bias: put_option(layer.qkv_bias.map(|bias| heads.spread(&bias)))?,
+                head_norms: match layer.head_norms {
+                    Some([q, k]) => Some([put(&q)?, put(&k)?]),
+                    None => None,
+                },
+                attention_output: layer.attention_output,
+                post_attention_norm: put_option(layer.post_attention_norm)?,
+                feed_forward_norm: put(&layer.feed_forward_norm)?,
+                gate_up: dense.gate_up,
+                down: dense.down,
+                post_feed_forward_norm: put_option(layer.post_feed_forward_norm)?,
+            });
+        }
+        Ok(Self {
+            stride: heads.stride,
+            activation: architecture.activation,
+            scaled_embedding: architecture.scaled_embedding,
+            embedding: parts.embedding,
+            output: parts.output,
+            output_norm: put(&parts.output_norm)?,
+            layers: gpu_layers,
+            rope: parts.rope,
+            window_rope: parts.window_rope,
+            device: Arc::clone(&device),
+            config,
+            options,
+        })
+    }
+
+    pub(super) fn output(&self) -> &Matrix {
+        self.output.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Bytes that one token takes in the cache.
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        let heads = 2 * u64::from(self.config.num_kv_heads) * self.stride as u64;
+        heads * self.options.kv_dtype.size_bytes() as u64 * u64::from(self.config.num_layers)
+    }
+}
+
+impl fmt::Debug for GpuWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GpuWeights")
+            .field("config", &self.config)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How heads are laid out.
+#[derive(Clone, Copy, Debug)]
+struct Heads {
+    head_dim: usize,
+    stride: usize,
+}
+
+impl Heads {
+    fn of(config: &ModelConfig) -> Result<Self, ModelError> {
+        let head_dim = config.head_dim as usize;
+        let stride = HEAD_DIMS.into_iter().find(|&stride| stride >= head_dim && head_dim.is_multiple_of(4));
+        let stride = stride.ok_or(GpuError::HeadDim { head_dim: config.head_dim })?;
+        for (what, size) in
+            [("hidden size", config.hidden_size), ("intermediate size", config.intermediate_size)]
+        {
+            if !size.is_multiple_of(ROW_MULTIPLE as u32) {
+                return Err(GpuError::Size { what, size, multiple: ROW_MULTIPLE as u32 }.into());
+            }
+        }
+        Ok(Self { head_dim, stride })
+    }
+
+    /// Heads apart by the stride, zeros between.
+    fn spread(&self, heads: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; heads.len() / self.head_dim * self.stride];
+        for (head, out) in heads.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.stride)) {
+            out[..self.head_dim].copy_from_slice(head);
+        }
+        out
+    }
+}
+
+/// Makes matrices on a GPU.
+pub(super) struct Maker {
+    device: Arc<dyn Device>,
+    options: GpuOptions,
+    heads: Heads,
+    uploader: Mutex<Uploader>,
+}
+
+impl Matrices for Maker {
+    type Matrix = Matrix;
+
+    fn make(&self, source: &MatrixSource<'_>) -> Result<Matrix, ModelError> {
+        let Heads { head_dim, stride } = self.heads;
+        let (mut num_outputs, mut num_inputs) = (source.num_outputs(), source.num_inputs);
+        match source.role {
+            MatrixRole::Qkv => num_outputs = num_outputs / head_dim * stride,
+            MatrixRole::AttentionOutput => num_inputs = num_inputs / head_dim * stride,
+            _ => {}
+        }
+        let fill_row = |row: usize, wide: &mut [f32], out: &mut [bf16]| match source.role {
+            MatrixRole::Qkv if row % stride >= head_dim => out.fill(bf16::ZERO),
+            MatrixRole::Qkv => source.fill_bf16(row / stride * head_dim + row % stride, wide, out),
+            MatrixRole::AttentionOutput => {
+                // Heads are moved apart from the last on, each to a place that was read already.
+                let (narrow, num_heads) = (source.num_inputs, source.num_inputs / head_dim);
+                source.fill_bf16(row, wide, &mut out[..narrow]);
+                for head in (0..num_heads).rev() {
+                    out.copy_within(head * head_dim..(head + 1) * head_dim, head * stride);
+                    out[head * stride + head_dim..(head + 1) * stride].fill(bf16::ZERO);
+                }
+            }
+            _ => source.fill_bf16(row, wide, out),
+        };
+        let values = DeviceVec::new(&self.device, num_outputs * num_inputs)?;
+        let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
+        uploader.upload(num_inputs, source.num_inputs, &fill_row, &values)?;
+        Ok(finish_matrix(&self.device, source.role, self.options, num_outputs, num_inputs, values)?)
+    }
+
+    fn finish(&self) -> Result<(), ModelError> {
+        Ok(())
+    }
+}
+
+/// Rounds a matrix, where the options ask for it.
+fn finish_matrix(
+    device: &Arc<dyn Device>,
+    role: MatrixRole,
+    options: GpuOptions,
+    num_outputs: usize,
+    num_inputs: usize,
+    values: DeviceVec<bf16>,
+) -> Result<Matrix, DeviceError> {
+    let stays = matches!(role, MatrixRole::Embedding | MatrixRole::Output | MatrixRole::Router);
+    let values = match options.weight_dtype {
+        WeightDtype::E4m3 if !stays => {
+            let rounded = DeviceVec::new(device, num_outputs * num_inputs)?;
+            let scale = DeviceVec::new(device, num_outputs)?;
+            quantize(&**device, num_outputs, num_inputs, &values, &rounded, &scale)?;
+            MatrixValues::E4m3(rounded, scale)
+        }
+        _ => MatrixValues::Bf16(values),
+    };
+    Ok(Matrix { num_outputs, num_inputs, values })
+}
+
+impl From<DeviceError> for ModelError {
+    fn from(error: DeviceError) -> Self {
+        GpuError::Device(error).into()
+    }
+}
