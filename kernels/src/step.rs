@@ -4,6 +4,10 @@
 //! pages `kv_page_indptr[s]..kv_page_indptr[s + 1]` of `kv_page_indices`. The token at position `p` of a
 //! sequence lives in slot `pages[p / page_size] * page_size + p % page_size`.
 //!
+//! A step is started and, later, finished. A model on a device of its own lets the next step be started while one
+//! runs; a token that the running step will sample is then named by [`StepBatch::sampled_by`] instead of known. Steps
+//! run in the order in which they were started, each on what the one before it has written.
+//!
 //! The caller guarantees what [`StepBatch::check`] asserts; a model may rely on it. Which pages are free or
 //! shared is unknown here: see `page_pool` and `prefix_cache` in `tidemill-operators`.
 
@@ -47,6 +51,10 @@ pub struct StepBatch {
     pub kv_page_indices: Vec<PageId>,
     /// `[num_seqs]`: `Some` where the token after the sequence's last row is wanted.
     pub sampling: Vec<Option<SamplingParams>>,
+    /// `[num_seqs]`: `Some(s)` where the only row of the sequence is the token which the step started just before this
+    /// one samples for its sequence `s`; its entry in `token_ids` is 0 then. All `None` for a model with
+    /// [`max_started`](Model::max_started) 1.
+    pub sampled_by: Vec<Option<u32>>,
     /// Done before anything is written; empty unless the model [`copies_pages`](Model::copies_pages). No page is
     /// both source and target.
     pub copies: Vec<PageCopy>,
@@ -91,11 +99,26 @@ pub struct StepError {
 }
 
 /// A model with its KV cache. Answers must not depend on how sequences are cut into steps.
+///
+/// It may be dropped while steps are started and not finished.
 pub trait Model: Send {
     fn info(&self) -> &ModelInfo;
-    /// Writes the batch's keys and values to their slots, then samples where asked.
-    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError>;
-    /// Whether `step` carries out [`StepBatch::copies`]; otherwise only whole pages are shared.
+    /// Starts a step: the batch's keys and values are written to their slots, then tokens are sampled where asked. The
+    /// caller may reuse the batch afterwards. A step that fails here is not started and is not finished.
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError>;
+    /// Waits for the oldest step that is started and not finished. After a failure the steps started behind it are
+    /// finished too, and what they return means nothing; then the same steps may be started again.
+    fn finish(&mut self) -> Result<StepOutput, StepError>;
+    /// So many steps may be started and not finished at once.
+    fn max_started(&self) -> usize {
+        1
+    }
+    /// Starts a step and waits for it; no other may be started.
+    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
+        self.start(batch)?;
+        self.finish()
+    }
+    /// Whether a step carries out [`StepBatch::copies`]; otherwise only whole pages are shared.
     fn copies_pages(&self) -> bool {
         false
     }
@@ -144,6 +167,38 @@ impl StepBatch {
         self.qo_indptr.push(self.token_ids.len() as u32);
         self.kv_page_indptr.push(self.kv_page_indices.len() as u32);
         self.sampling.push(sampling);
+        self.sampled_by.push(None);
+    }
+
+    /// Adds one sequence with one row: the token that the step started just before this one samples for `sampled_by`.
+    pub fn push_ahead(
+        &mut self,
+        sampled_by: u32,
+        position: u32,
+        pages: &[PageId],
+        sampling: Option<SamplingParams>,
+    ) {
+        self.push(&[0], position, pages, sampling);
+        if let Some(last) = self.sampled_by.last_mut() {
+            *last = Some(sampled_by);
+        }
+    }
+
+    /// Removes everything and keeps the memory.
+    pub fn clear(&mut self) {
+        self.token_ids.clear();
+        self.positions.clear();
+        self.qo_indptr.clear();
+        self.kv_page_indptr.clear();
+        self.kv_page_indices.clear();
+        self.sampling.clear();
+        self.sampled_by.clear();
+        self.copies.clear();
+    }
+
+    /// Whether a token is named by the step that samples it.
+    pub fn is_ahead(&self) -> bool {
+        self.sampled_by.iter().any(Option::is_some)
     }
 
     /// Asserts the layout; a failure is a bug in the scheduler.
@@ -153,6 +208,7 @@ impl StepBatch {
         assert_eq!(self.positions.len(), self.num_tokens());
         assert_eq!(self.qo_indptr.len(), self.num_seqs() + 1);
         assert_eq!(self.kv_page_indptr.len(), self.num_seqs() + 1);
+        assert_eq!(self.sampled_by.len(), self.num_seqs());
         for seq in 0..self.num_seqs() {
             let rows = self.rows(seq);
             assert!(!rows.is_empty(), "a sequence without tokens");
@@ -160,6 +216,9 @@ impl StepBatch {
             let last = self.positions[rows.end - 1];
             assert_eq!(last - first, rows.len() as u32 - 1, "positions are not consecutive");
             assert!(last < info.max_position, "position {last} is beyond the model");
+            if self.sampled_by[seq].is_some() {
+                assert_eq!(self.token_ids[rows], [0], "a token to be sampled is one row");
+            }
             assert!(last / info.page_size < self.pages(seq).len() as u32, "no page for position {last}");
         }
         assert!(self.token_ids.iter().all(|&id| id < info.vocab_size), "token id beyond the vocabulary");

@@ -5,7 +5,11 @@
 //! position 0 and hashed. A slot that was never written, that was written for another position, or that was computed
 //! after another history changes the answer and is counted as a fault.
 //! So an answer is a function of the tokens and the sampling parameters, unless the pages were wrong.
+//!
+//! One that `runs_ahead` takes a second step while one is started, as a model on a device does: each is computed when
+//! it is finished, from the pages as the step before it left them.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::step::{Model, ModelInfo, PageId, SamplingParams, StepBatch, StepError, StepOutput};
@@ -27,6 +31,8 @@ pub struct FakeConfig {
     pub max_position: u32,
     /// Each step takes this for every token of its batch, so that a test can interrupt it.
     pub delay_per_token: Duration,
+    /// Two steps may be started at once.
+    pub runs_ahead: bool,
 }
 
 impl Default for FakeConfig {
@@ -40,6 +46,7 @@ impl Default for FakeConfig {
             num_pages: 256,
             max_position: 4096,
             delay_per_token: Duration::ZERO,
+            runs_ahead: false,
         }
     }
 }
@@ -51,6 +58,10 @@ pub struct FakeModel {
     info: ModelInfo,
     /// `[num_pages * page_size]`
     slots: Vec<Option<Slot>>,
+    /// Steps that are not finished, the oldest first.
+    started: VecDeque<StepBatch>,
+    /// Of the last step that was finished.
+    last_output: StepOutput,
     num_faults: u64,
     num_tokens: u64,
 }
@@ -81,7 +92,8 @@ impl FakeModel {
             num_pages: config.num_pages,
         };
         let slots = vec![None; config.page_size as usize * config.num_pages as usize];
-        Self { config, info, slots, num_faults: 0, num_tokens: 0 }
+        let (started, last_output) = (VecDeque::new(), StepOutput::default());
+        Self { config, info, slots, started, last_output, num_faults: 0, num_tokens: 0 }
     }
 
     /// How often a slot was read that did not hold what the sequence wrote there.
@@ -128,34 +140,7 @@ impl FakeModel {
         verified
     }
 
-    fn answer(&self, history: u64, params: &SamplingParams) -> u32 {
-        let mut hash = history;
-        // Greedy answers do not depend on the seed, as in a real model.
-        if params.temperature > 0.0 {
-            for part in
-                [params.temperature.to_bits().into(), params.top_p.to_bits().into(), params.top_k.into()]
-            {
-                hash = mix(hash, part);
-            }
-            hash = mix(hash, params.seed);
-        }
-        let uniform = (mix(hash, 1) >> 11) as f64 / (1u64 << 53) as f64;
-        if uniform < self.config.eos_probability {
-            return self.config.eos_token_id;
-        }
-        // Any token but the last one.
-        let token_id = (mix(hash, 2) % u64::from(self.config.vocab_size - 1)) as u32;
-        token_id + u32::from(token_id >= self.config.eos_token_id)
-    }
-}
-
-impl Model for FakeModel {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
-        batch.check(&self.info);
+    fn compute(&mut self, batch: &StepBatch) -> StepOutput {
         if !self.config.delay_per_token.is_zero() {
             std::thread::sleep(self.config.delay_per_token * batch.num_tokens() as u32);
         }
@@ -190,7 +175,57 @@ impl Model for FakeModel {
             let history = self.verified_history(batch.pages(seq), last);
             output.token_ids[seq] = batch.sampling[seq].map(|params| self.answer(history, &params));
         }
-        Ok(output)
+        output
+    }
+
+    fn answer(&self, history: u64, params: &SamplingParams) -> u32 {
+        let mut hash = history;
+        // Greedy answers do not depend on the seed, as in a real model.
+        if params.temperature > 0.0 {
+            for part in
+                [params.temperature.to_bits().into(), params.top_p.to_bits().into(), params.top_k.into()]
+            {
+                hash = mix(hash, part);
+            }
+            hash = mix(hash, params.seed);
+        }
+        let uniform = (mix(hash, 1) >> 11) as f64 / (1u64 << 53) as f64;
+        if uniform < self.config.eos_probability {
+            return self.config.eos_token_id;
+        }
+        // Any token but the last one.
+        let token_id = (mix(hash, 2) % u64::from(self.config.vocab_size - 1)) as u32;
+        token_id + u32::from(token_id >= self.config.eos_token_id)
+    }
+}
+
+impl Model for FakeModel {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        batch.check(&self.info);
+        assert!(self.started.len() < self.max_started(), "too many steps are started");
+        assert!(self.config.runs_ahead || !batch.is_ahead(), "a token of a step that does not run");
+        self.started.push_back(batch.clone());
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, StepError> {
+        let mut batch = self.started.pop_front().expect("a step is started");
+        for seq in 0..batch.num_seqs() {
+            let Some(sampled_by) = batch.sampled_by[seq] else { continue };
+            let token_id = self.last_output.token_ids[sampled_by as usize];
+            let row = batch.rows(seq).start;
+            batch.token_ids[row] = token_id.expect("the step before has sampled a token");
+        }
+        self.last_output = self.compute(&batch);
+        Ok(self.last_output.clone())
+    }
+
+    fn max_started(&self) -> usize {
+        if self.config.runs_ahead { 2 } else { 1 }
     }
 
     fn copies_pages(&self) -> bool {

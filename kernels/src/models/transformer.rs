@@ -37,6 +37,8 @@ pub struct Transformer {
     info: ModelInfo,
     runner: AnyRunner,
     team: Team,
+    /// Of a step that is started and not finished.
+    output: Option<StepOutput>,
 }
 
 enum AnyRunner {
@@ -84,7 +86,7 @@ impl Transformer {
             }
             AnyLayers::Fast(layers) => AnyRunner::Fast(Box::new(Runner::new(Arc::clone(layers), shape))),
         };
-        Ok(Self { info, runner, team })
+        Ok(Self { info, runner, team, output: None })
     }
 
     /// Runs a step and returns the logits after the last row of every sequence, `[num_seqs, vocab_size]`.
@@ -130,13 +132,22 @@ impl Model for Transformer {
         true
     }
 
-    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
+    /// The caller's thread is one of the team, so the step is done when this returns.
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
         batch.check(&self.info);
+        assert!(self.output.is_none(), "a step is not finished");
+        assert!(!batch.is_ahead(), "no step runs whose tokens could be taken");
         let Self { runner, team, .. } = self;
-        team.install(|| match runner {
+        let output = team.install(|| match runner {
             AnyRunner::Reference(runner) => runner.step(batch),
             AnyRunner::Fast(runner) => runner.step(batch),
-        })
+        })?;
+        self.output = Some(output);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, StepError> {
+        Ok(self.output.take().expect("a step is started"))
     }
 }
 

@@ -4,11 +4,16 @@
 //! [`Engine::has_work`]. An answer depends on the model, the prompt, `max_tokens` and the sampling parameters only;
 //! never on what else runs, how prompts are cut into steps, or what the prefix cache holds. Who runs when is decided
 //! in [`scheduler`](super::scheduler); here a plan becomes a batch and a model's output becomes answers.
+//!
+//! A model that takes a second step while one runs is given it before the first is waited for, so that it never waits
+//! for the engine. Which answer ends where does not depend on it.
+
+use std::collections::VecDeque;
 
 use tidemill_kernels::step::{Model, ModelInfo, StepBatch, StepError, StepOutput};
 
 use super::scheduler::{Counters, Scheduler};
-use super::sequence::{Finished, OwnerId, SequenceId, SequenceRequest};
+use super::sequence::{Finished, MAX_PLANNED, OwnerId, SequenceId, SequenceRequest};
 
 /// The bounds of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +79,11 @@ pub struct Engine {
     scheduler: Scheduler,
     steps: u64,
     step_tokens: u64,
-    /// Reused from step to step.
-    batch: StepBatch,
+    max_started: usize,
+    /// Steps that the model runs, the oldest first.
+    started: VecDeque<StepBatch>,
+    /// Batches to be reused.
+    spare: Vec<StepBatch>,
 }
 
 impl Engine {
@@ -84,7 +92,10 @@ impl Engine {
         assert!(info.page_size.is_power_of_two(), "page_size is {}", info.page_size);
         assert!(info.max_position > 0, "a model without positions");
         let scheduler = Scheduler::new(config, info.num_pages, info.page_size, model.copies_pages());
-        Self { model, scheduler, steps: 0, step_tokens: 0, batch: StepBatch::default() }
+        let max_started = model.max_started().min(MAX_PLANNED);
+        assert!(max_started > 0, "a model that starts no step");
+        let (started, spare) = (VecDeque::new(), Vec::new());
+        Self { model, scheduler, steps: 0, step_tokens: 0, max_started, started, spare }
     }
 
     pub fn model_info(&self) -> &ModelInfo {
@@ -130,7 +141,7 @@ impl Engine {
     }
 
     pub fn has_work(&self) -> bool {
-        self.num_waiting() + self.num_running() > 0
+        self.scheduler.has_work()
     }
 
     pub fn num_waiting(&self) -> usize {
@@ -141,23 +152,52 @@ impl Engine {
         self.scheduler.num_running()
     }
 
-    /// Runs the model once and returns the sequences this has finished; without work it does nothing.
-    /// A failed step changes no sequence, so it may be tried again.
+    /// Waits for one step of the model and returns the sequences this has finished; without work it does nothing.
+    /// Before it waits, it starts the step behind, if the model takes it; so when the last answer is there, a step may
+    /// still be running, and there is work until it is done.
+    ///
+    /// A failed step changes no sequence, nor does one that was started behind it. Both are the same when tried again.
     pub fn step(&mut self) -> Result<Vec<Finished>, StepError> {
         if !self.has_work() {
             return Ok(Vec::new());
         }
-        self.scheduler.plan();
-        clear(&mut self.batch);
-        self.scheduler.fill(&mut self.batch);
+        let finished = self.start_steps().and_then(|()| self.finish_step());
+        if finished.is_err() {
+            self.drain();
+        }
+        finished
+    }
+
+    fn start_steps(&mut self) -> Result<(), StepError> {
+        while self.started.len() < self.max_started && self.scheduler.plan(self.started.len()) {
+            let mut batch = self.spare.pop().unwrap_or_default();
+            batch.clear();
+            self.scheduler.fill(self.started.len(), &mut batch);
+            batch.check(self.model.info());
+            self.model.start(&batch)?;
+            self.started.push_back(batch);
+        }
+        Ok(())
+    }
+
+    fn finish_step(&mut self) -> Result<Vec<Finished>, StepError> {
+        let batch = self.started.pop_front().expect("with work there is a step");
+        let output = self.model.finish()?;
         let info = self.model.info();
-        self.batch.check(info);
-        let output = self.model.step(&self.batch)?;
-        let info = self.model.info();
-        check_output(&self.batch, &output, info)?;
+        check_output(&batch, &output, info)?;
         self.steps += 1;
-        self.step_tokens += self.batch.num_tokens() as u64;
-        Ok(self.scheduler.commit(&output, &info.eos_token_ids))
+        self.step_tokens += batch.num_tokens() as u64;
+        let finished = self.scheduler.commit(&output, &info.eos_token_ids);
+        self.spare.push(batch);
+        Ok(finished)
+    }
+
+    /// What runs behind a failed step is waited for and dropped.
+    fn drain(&mut self) {
+        while let Some(batch) = self.started.pop_front() {
+            let _ = self.model.finish();
+            self.spare.push(batch);
+        }
     }
 
     /// What of the counts is this owner's.
@@ -208,16 +248,6 @@ fn check_output(batch: &StepBatch, output: &StepOutput, info: &ModelInfo) -> Res
         }
     }
     Ok(())
-}
-
-fn clear(batch: &mut StepBatch) {
-    batch.token_ids.clear();
-    batch.positions.clear();
-    batch.qo_indptr.clear();
-    batch.kv_page_indptr.clear();
-    batch.kv_page_indices.clear();
-    batch.sampling.clear();
-    batch.copies.clear();
 }
 
 #[cfg(test)]

@@ -150,8 +150,8 @@ impl PrefixCache {
     }
 
     /// Takes over a page that a sequence has filled, behind the pages which that sequence uses already, and makes the
-    /// sequence its user. Where the cache has the same tokens at the same place, `page` is freed and the older
-    /// page returned: the sequence goes on with that one.
+    /// sequence its user. Where the cache has the same tokens at the same place, `page` stays the caller's and the older
+    /// page is returned: the sequence goes on with that one.
     pub fn insert(
         &mut self,
         parent: Option<PageId>,
@@ -166,7 +166,6 @@ impl PrefixCache {
         );
         if let Some(&present) = self.edges(parent).get(token_ids) {
             assert_ne!(present, page);
-            pool.give_back(page);
             self.add_user(present);
             return present;
         }

@@ -8,16 +8,21 @@
 //! there is none, the sequence that costs least to compute again is preempted: it returns to its place in the
 //! waiting queue. Nothing is ever dropped. Sequences of lower priority give way to one that cannot be admitted.
 //!
-//! Invariants: a page that a step writes has one holder. What is in the prefix cache was computed by an earlier
-//! step. Nobody is preempted for one of lower priority, nor the oldest of a priority for its equals; and whoever
+//! A step may be planned while the one before it runs: from the state in which that one has succeeded and sampled no
+//! token that ends an answer. Its chunks are noted in the sequences (`chunk_lens`), and everything else changes when it is
+//! committed; so if steps fail, the same ones are tried again. A sequence that turns out to have ended has a row
+//! too many in the step behind; it keeps its pages until that is committed. Nobody is preempted behind a planned step:
+//! what needs that waits until all are committed.
+//!
+//! Invariants: a page that a step writes has one holder, and no planned step before it reads the page. What is in the
+//! prefix cache was computed by a committed step. Nobody is preempted for one of lower priority, nor the oldest of a priority for its equals; and whoever
 //! fits the cache alone is admitted when nothing else runs; so every sequence finishes, unless those of higher
 //! priority keep coming for ever.
 
 mod admission;
+mod preemption;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ops::Range;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use tidemill_kernels::step::{PageCopy, PageId, StepBatch, StepOutput};
@@ -26,18 +31,13 @@ use super::engine::EngineConfig;
 use super::forecast::AnswerLengths;
 use super::page_pool::{PageHolder, PagePool};
 use super::prefix_cache::PrefixCache;
-use super::sequence::{Finished, OwnerId, Priority, Sequence, SequenceId, SequenceRequest};
+use super::sequence::{
+    Fate, FinishReason, Finished, MAX_PLANNED, OwnerId, Priority, Sequence, SequenceId, SequenceRequest,
+};
 use admission::Admission;
 
 /// How many waiting sequences are considered in a step while those before them wait for a shared prefix.
 const MAX_LOOKAHEAD: usize = 32;
-
-/// How many tokens of each running sequence the next step computes; 0 leaves it out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StepPlan {
-    /// Indexed as the running sequences.
-    pub chunk_lens: Vec<usize>,
-}
 
 /// Counts since the scheduler was made; see [`EngineStats`](super::engine::EngineStats).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,7 +55,7 @@ pub struct Counters {
     pub peak_running: u64,
 }
 
-/// Queues, pages and the plan of the next step.
+/// Queues, pages and the planned steps.
 #[derive(Debug)]
 pub struct Scheduler {
     config: EngineConfig,
@@ -69,11 +69,13 @@ pub struct Scheduler {
     waiting: VecDeque<Sequence>,
     /// By priority, then in order of admission.
     running: Vec<Sequence>,
-    plan: StepPlan,
-    /// Planned and not committed. A step that failed is tried again as it was, since it may have written some pages.
-    is_planned: bool,
-    /// Running sequences to give up with the next commit: the planned step may be writing their pages.
-    aborting: BTreeSet<SequenceId>,
+    /// Steps that are planned and not committed. One that failed is tried again as it was, since it may have written
+    /// some pages.
+    num_planned: usize,
+    /// Somebody must be preempted, so no step is planned behind another one.
+    needs_commit: bool,
+    /// Replaced by pages of the prefix cache; a planned step may read them until the next commit.
+    replaced_pages: Vec<PageId>,
     answer_lengths: BTreeMap<(OwnerId, Arc<str>), AnswerLengths>,
     num_submitted: u64,
     counters: Counters,
@@ -95,9 +97,9 @@ impl Scheduler {
             cache: PrefixCache::new(num_pages, page_size),
             waiting: VecDeque::new(),
             running: Vec::new(),
-            plan: StepPlan::default(),
-            is_planned: false,
-            aborting: BTreeSet::new(),
+            num_planned: 0,
+            needs_commit: false,
+            replaced_pages: Vec::new(),
             answer_lengths: BTreeMap::new(),
             num_submitted: 0,
             counters: Counters::default(),
@@ -116,16 +118,18 @@ impl Scheduler {
         self.wait(sequence);
     }
 
-    /// Gives up a sequence and its pages, at once or when the planned step is done. False if there is none of this name.
+    /// Gives up a sequence and its pages, at once or when the planned steps are done. False if there is none of this name.
     pub fn abort(&mut self, id: SequenceId) -> bool {
         if let Some(index) = self.waiting.iter().position(|sequence| sequence.id == id) {
             let sequence = self.waiting.remove(index).expect("it was just found");
             self.forget(&sequence);
             return true;
         }
-        let Some(index) = self.running.iter().position(|sequence| sequence.id == id) else { return false };
-        if self.is_planned {
-            return self.aborting.insert(id);
+        let is_known = |sequence: &Sequence| sequence.id == id && sequence.fate == Fate::GoesOn;
+        let Some(index) = self.running.iter().position(is_known) else { return false };
+        if self.num_planned > 0 {
+            self.running[index].fate = Fate::GivenUp;
+            return true;
         }
         let mut sequence = self.running.remove(index);
         self.release(&mut sequence);
@@ -133,14 +137,19 @@ impl Scheduler {
         true
     }
 
-    /// Plans the next step. Without [`commit`](Self::commit) the plan stays as it is.
-    pub fn plan(&mut self) -> &StepPlan {
-        if self.is_planned {
-            return &self.plan;
+    /// Plans the step with this number behind those that are planned and not committed, unless it is planned already. False
+    /// if there is nothing for it to do, or nothing before the others are committed.
+    pub fn plan(&mut self, step: usize) -> bool {
+        if step < self.num_planned {
+            return true;
+        }
+        assert!(step == self.num_planned && step < MAX_PLANNED, "step {step} is not the next");
+        if step == 0 {
+            self.needs_commit = false;
+        } else if self.needs_commit {
+            return false;
         }
         let mut budget = self.config.max_num_batched_tokens;
-        self.plan.chunk_lens.clear();
-        self.plan.chunk_lens.resize(self.running.len(), 0);
         let mut admits = true;
         for priority in Priority::ALL {
             self.plan_decodes(priority, &mut budget);
@@ -148,78 +157,106 @@ impl Scheduler {
             // Who waits for room must not see it taken by lower priorities.
             admits = admits && self.plan_admissions(priority, &mut budget);
         }
-        self.counters.peak_running = self.counters.peak_running.max(self.running.len() as u64);
-        self.check_plan();
-        self.is_planned = !self.running.is_empty();
-        &self.plan
+        self.counters.peak_running = self.counters.peak_running.max(self.num_going_on() as u64);
+        let is_planned = self.check_plan();
+        self.num_planned += usize::from(is_planned);
+        is_planned
     }
 
-    /// Adds the planned chunks to an empty batch.
-    pub fn fill(&self, batch: &mut StepBatch) {
-        for (sequence, &chunk_len) in self.running.iter().zip(&self.plan.chunk_lens) {
-            if chunk_len == 0 {
+    /// Adds the chunks of a planned step to an empty batch.
+    pub fn fill(&self, step: usize, batch: &mut StepBatch) {
+        assert!(step < self.num_planned, "step {step} is not planned");
+        let mut num_before = 0;
+        for sequence in &self.running {
+            let sampled_by = num_before;
+            num_before += u32::from(step > 0 && sequence.chunk_lens[step - 1] > 0);
+            let chunk = sequence.chunk(step);
+            if chunk.is_empty() {
                 continue;
             }
-            let (first, end) = (sequence.computed_len, sequence.computed_len + chunk_len);
-            let pages = &sequence.pages[..end.div_ceil(self.page_size)];
-            assert!(sequence.num_shared_pages <= first / self.page_size, "a shared page would be written");
-            let written = &pages[first / self.page_size..];
+            let pages = &sequence.pages[..chunk.end.div_ceil(self.page_size)];
+            let first_page = chunk.start / self.page_size;
+            assert!(sequence.num_shared_pages <= first_page, "a shared page would be written");
+            let written = &pages[first_page..];
             assert!(written.iter().all(|&page| self.pool.holder(page) == PageHolder::Sequence));
-            let sampling = (end == sequence.known_len()).then_some(sequence.sampling);
-            batch.push(&sequence.token_ids[first..end], first as u32, pages, sampling);
-            if let Some(copy) = sequence.copy {
+            let sampling = sequence.is_sampled_in(step).then_some(sequence.sampling);
+            if chunk.end <= sequence.known_len() {
+                batch.push(&sequence.token_ids[chunk.clone()], chunk.start as u32, pages, sampling);
+            } else {
+                assert!(chunk.len() == 1 && sequence.is_sampled_in(step - 1), "a token that nobody samples");
+                batch.push_ahead(sampled_by, chunk.start as u32, pages, sampling);
+            }
+            // Once, with the first chunk.
+            if let Some(copy) = sequence.copy.filter(|_| chunk.start == sequence.computed_len) {
                 let to = pages[sequence.copied_end / self.page_size];
                 batch.copies.push(PageCopy { from: copy.page, to, len: copy.len as u32 });
             }
         }
     }
 
-    /// Takes in the output of the planned step; returns the sequences it has finished.
+    /// Takes in the output of the oldest planned step; returns the sequences it has finished.
     pub fn commit(&mut self, output: &StepOutput, eos_token_ids: &[u32]) -> Vec<Finished> {
-        self.is_planned = false;
+        assert!(self.num_planned > 0, "commit without a plan");
+        self.num_planned -= 1;
         self.first_tokens.clear();
+        self.replaced_pages.drain(..).for_each(|page| self.pool.give_back(page));
         let mut finished = Vec::new();
         let mut sampled = output.token_ids.iter();
-        let mut chunk_lens = std::mem::take(&mut self.plan.chunk_lens);
-        assert_eq!(chunk_lens.len(), self.running.len(), "commit without a plan");
-        let running = std::mem::take(&mut self.running);
-        for (mut sequence, chunk_len) in running.into_iter().zip(chunk_lens.drain(..)) {
-            let mut token_id = None;
-            if chunk_len > 0 {
-                token_id = *sampled.next().expect("the output has one entry a planned sequence");
-                self.drop_copy(&mut sequence);
-                self.advance(&mut sequence, chunk_len);
+        for mut sequence in std::mem::take(&mut self.running) {
+            let chunk_len = sequence.next_chunk();
+            let token_id = match chunk_len {
+                0 => None,
+                _ => *sampled.next().expect("the output has one entry a planned sequence"),
+            };
+            let mut is_done = sequence.fate == Fate::Retired;
+            if !is_done {
+                finished.extend(self.commit_chunk(&mut sequence, chunk_len, token_id, eos_token_ids));
+                is_done = sequence.fate == Fate::Retired && self.num_planned == 0;
             }
-            if self.aborting.remove(&sequence.id) {
+            if is_done {
+                assert!(sequence.chunk_lens == [0; MAX_PLANNED], "planned after it has ended");
                 self.release(&mut sequence);
-                self.forget(&sequence);
-                continue;
-            }
-            if chunk_len == 0 || sequence.computed_len < sequence.known_len() {
+            } else {
                 self.running.push(sequence);
-                continue;
-            }
-            if sequence.answer_len() == 0 {
-                self.first_tokens.push(sequence.id);
-            }
-            let answer_len = sequence.known_len();
-            let reason = sequence.push_sampled(token_id.expect("a token was sampled"), eos_token_ids);
-            let num_new = (sequence.known_len() - answer_len) as u64;
-            self.count(sequence.owner, |counters| counters.output_tokens += num_new);
-            match reason {
-                None => self.running.push(sequence),
-                Some(reason) => {
-                    self.release(&mut sequence);
-                    self.count(sequence.owner, |counters| counters.finished += 1);
-                    self.learn(sequence.owner, &sequence.step, sequence.answer_len());
-                    finished.push(sequence.finish(reason));
-                }
             }
         }
         assert!(sampled.next().is_none(), "the output has more entries than the plan");
-        assert!(self.aborting.is_empty(), "only running sequences are aborted with a commit");
-        self.plan.chunk_lens = chunk_lens;
         finished
+    }
+
+    /// The answer if this was its end.
+    fn commit_chunk(
+        &mut self,
+        sequence: &mut Sequence,
+        chunk_len: usize,
+        token_id: Option<u32>,
+        eos_token_ids: &[u32],
+    ) -> Option<Finished> {
+        if chunk_len > 0 {
+            self.drop_copy(sequence);
+            self.advance(sequence, chunk_len);
+        }
+        let is_sampled = chunk_len > 0 && sequence.computed_len == sequence.known_len();
+        let token_id = is_sampled.then(|| token_id.expect("a token was sampled"));
+        if sequence.fate == Fate::GivenUp {
+            self.forget(sequence);
+            sequence.retire(token_id);
+            return None;
+        }
+        let token_id = token_id?;
+        if sequence.answer_len() == 0 {
+            self.first_tokens.push(sequence.id);
+        }
+        let before = sequence.answer_len();
+        let reason = sequence.push_sampled(token_id, eos_token_ids);
+        let answer_len = sequence.answer_len();
+        self.count(sequence.owner, |counters| counters.output_tokens += (answer_len - before) as u64);
+        let reason = reason?;
+        self.count(sequence.owner, |counters| counters.finished += 1);
+        self.learn(sequence.owner, &sequence.step, answer_len);
+        let finished = sequence.finished(reason);
+        sequence.retire((reason == FinishReason::Stop).then_some(token_id));
+        Some(finished)
     }
 
     /// Expects answers of a step to be like this one.
@@ -245,8 +282,14 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Without those that have left and wait for a planned step.
     pub fn num_running(&self) -> usize {
-        self.running.len()
+        self.running.iter().filter(|sequence| sequence.fate != Fate::Retired).count()
+    }
+
+    /// Whether there is something to plan or to commit.
+    pub fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || !self.running.is_empty()
     }
 
     pub fn num_pages(&self) -> usize {
@@ -264,12 +307,14 @@ impl Scheduler {
     }
 
     fn plan_decodes(&mut self, priority: Priority, budget: &mut usize) {
+        let step = self.num_planned;
         let mut index = self.running.partition_point(|other| other.priority < priority);
         while self.running.get(index).is_some_and(|next| next.priority == priority) && *budget > 0 {
-            if self.running[index].uncomputed_len() > 1 {
+            let sequence = &self.running[index];
+            if !sequence.goes_on(step) || sequence.uncomputed_len(step) > 1 {
                 index += 1;
             } else if self.extend_pages(&mut index, budget) {
-                self.plan.chunk_lens[index] = 1;
+                self.running[index].chunk_lens[step] = 1;
                 *budget -= 1;
                 index += 1;
             }
@@ -277,11 +322,13 @@ impl Scheduler {
     }
 
     fn plan_prefills(&mut self, priority: Priority, budget: &mut usize) {
-        for (sequence, chunk_len) in self.running.iter().zip(&mut self.plan.chunk_lens) {
-            let uncomputed_len = sequence.uncomputed_len();
-            if sequence.priority == priority && uncomputed_len > 1 {
-                *chunk_len = uncomputed_len.min(*budget);
-                *budget -= *chunk_len;
+        let step = self.num_planned;
+        for sequence in self.running.iter_mut().filter(|one| one.priority == priority && one.goes_on(step)) {
+            let uncomputed_len = sequence.uncomputed_len(step);
+            if uncomputed_len > 1 {
+                let chunk_len = uncomputed_len.min(*budget);
+                sequence.chunk_lens[step] = chunk_len;
+                *budget -= chunk_len;
             }
         }
     }
@@ -293,7 +340,7 @@ impl Scheduler {
         let end = index + MAX_LOOKAHEAD;
         let is_next = |next: &Sequence| next.priority == priority;
         while *budget > 0 && index < end && self.waiting.get(index).is_some_and(is_next) {
-            let is_full = self.running.len() == self.config.max_num_seqs;
+            let is_full = self.num_going_on() == self.config.max_num_seqs;
             if is_full && self.awaits_sibling(index) {
                 index += 1;
                 continue;
@@ -303,8 +350,8 @@ impl Scheduler {
             }
             match self.admit(index) {
                 Admission::Admitted(at) => {
-                    let chunk_len = self.running[at].uncomputed_len().min(*budget);
-                    self.plan.chunk_lens.insert(at, chunk_len);
+                    let chunk_len = self.running[at].uncomputed_len(self.num_planned).min(*budget);
+                    self.running[at].chunk_lens[self.num_planned] = chunk_len;
                     *budget -= chunk_len;
                 }
                 Admission::AwaitsSibling => index += 1,
@@ -319,67 +366,6 @@ impl Scheduler {
         true
     }
 
-    /// Makes sure the next token of a running sequence has a page, at the cost of others; false when the sequence
-    /// itself was preempted. `index` stays with the sequence, or then is that of its successor.
-    fn extend_pages(&mut self, index: &mut usize, budget: &mut usize) -> bool {
-        let sequence = &self.running[*index];
-        if sequence.computed_len < sequence.pages.len() * self.page_size {
-            return true;
-        }
-        loop {
-            if let Some(page) = self.take_page() {
-                self.running[*index].pages.push(page);
-                return true;
-            }
-            let victim = self.cheapest_victim(*index);
-            *budget += self.preempt(victim);
-            if victim == *index {
-                return false;
-            }
-            *index -= usize::from(victim < *index);
-        }
-    }
-
-    /// Who gives way to a running sequence that needs a page: one of its equals or of lower priority, but not the oldest
-    /// of its equals; itself if there is no other.
-    fn cheapest_victim(&self, index: usize) -> usize {
-        let priority = self.running[index].priority;
-        let oldest = self.running.partition_point(|other| other.priority < priority);
-        let victim = self.cheapest_of(oldest + 1..self.running.len());
-        assert!(victim.is_some() || index > 0, "a sequence that fits the cache alone has no page");
-        victim.unwrap_or(index)
-    }
-
-    /// The lowest priority first; of equals the one that loses the fewest tokens, then the newest. Tokens in pages that
-    /// others use are not lost, and who has no other pages is of no help.
-    fn cheapest_of(&self, candidates: Range<usize>) -> Option<usize> {
-        candidates.min_by_key(|index| {
-            let sequence = &self.running[*index];
-            let num_own_pages = self.num_own_pages(sequence);
-            let kept_len = (sequence.pages.len() - num_own_pages) * self.page_size;
-            let lost_len = sequence.computed_len.saturating_sub(kept_len);
-            (num_own_pages == 0, Reverse(sequence.priority), lost_len, Reverse(*index))
-        })
-    }
-
-    /// Preempts one sequence of lower priority, if any runs. They have no part in the plan yet.
-    fn make_way(&mut self, priority: Priority) -> bool {
-        let first = self.running.partition_point(|other| other.priority <= priority);
-        let Some(victim) = self.cheapest_of(first..self.running.len()) else { return false };
-        let planned_len = self.preempt(victim);
-        assert_eq!(planned_len, 0, "a lower priority was planned before a higher one");
-        true
-    }
-
-    /// Returns what of the budget the sequence had.
-    fn preempt(&mut self, index: usize) -> usize {
-        let mut sequence = self.running.remove(index);
-        self.release(&mut sequence);
-        self.count(sequence.owner, |counters| counters.preemptions += 1);
-        self.wait(sequence);
-        self.plan.chunk_lens.remove(index)
-    }
-
     /// Puts a sequence in its place among those that wait.
     fn wait(&mut self, sequence: Sequence) {
         let place = self.waiting.partition_point(|other| other.place() < sequence.place());
@@ -388,19 +374,11 @@ impl Scheduler {
 
     /// Counts a sequence that is given up.
     fn forget(&mut self, sequence: &Sequence) {
-        assert!(sequence.pages.is_empty(), "given up with pages");
         let num_unseen = sequence.num_prompt_tokens(sequence.seen_len, usize::MAX) as u64;
         self.count(sequence.owner, |counters| {
             counters.aborted += 1;
             counters.aborted_tokens += num_unseen;
         });
-    }
-
-    /// Pages that nobody else uses: the last ones of the page table.
-    fn num_own_pages(&self, sequence: &Sequence) -> usize {
-        let shared = &sequence.pages[..sequence.num_shared_pages];
-        let num_alone = shared.iter().rev().take_while(|&&page| self.cache.num_users(page) == 1).count();
-        sequence.pages.len() - shared.len() + num_alone
     }
 
     /// A free page, or one that the prefix cache gives up.
@@ -431,7 +409,13 @@ impl Scheduler {
         for index in sequence.num_shared_pages..end / self.page_size {
             let parent = index.checked_sub(1).map(|index| sequence.pages[index]);
             let token_ids = &sequence.token_ids[index * self.page_size..][..self.page_size];
-            let page = self.cache.insert(parent, token_ids, sequence.pages[index], &mut self.pool);
+            let own = sequence.pages[index];
+            let page = self.cache.insert(parent, token_ids, own, &mut self.pool);
+            if page != own && self.num_planned > 0 {
+                self.replaced_pages.push(own);
+            } else if page != own {
+                self.pool.give_back(own);
+            }
             sequence.pages[index] = page;
             sequence.num_shared_pages = index + 1;
             self.cache.set_num_later(page, sequence.serial, self.num_later(sequence, index));
@@ -473,12 +457,20 @@ impl Scheduler {
         change(&mut self.owned[index]);
     }
 
-    fn check_plan(&self) {
-        assert_eq!(self.plan.chunk_lens.len(), self.running.len());
-        assert!(self.running.len() <= self.config.max_num_seqs);
-        let num_tokens: usize = self.plan.chunk_lens.iter().sum();
+    /// Sequences that the next step may compute, as far as one can tell.
+    fn num_going_on(&self) -> usize {
+        self.running.iter().filter(|sequence| sequence.goes_on(self.num_planned)).count()
+    }
+
+    /// Whether the new plan has anything to compute.
+    fn check_plan(&self) -> bool {
+        let step = self.num_planned;
+        let in_step = self.running.iter().filter(|sequence| sequence.chunk_lens[step] > 0);
+        assert!(in_step.count() <= self.config.max_num_seqs);
+        let num_tokens: usize = self.running.iter().map(|sequence| sequence.chunk_lens[step]).sum();
         assert!(num_tokens <= self.config.max_num_batched_tokens);
-        assert!(num_tokens > 0 || (self.running.is_empty() && self.waiting.is_empty()), "nobody runs");
+        assert!(num_tokens > 0 || step > 0 || !self.has_work(), "nobody runs");
+        num_tokens > 0
     }
 }
 

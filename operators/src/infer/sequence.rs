@@ -2,8 +2,10 @@
 //!
 //! Invariant: `computed_len` tokens have their keys and values in `pages`; the first `num_shared_pages` of those
 //! pages belong to the prefix cache and are never written again, the others belong to this sequence alone.
+//! Steps that are planned and not committed have a chunk each in `chunk_lens`; nothing else changes before the commit.
 //! A sequence only holds numbers: it neither takes nor frees pages, see [`scheduler`](super::scheduler).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -106,6 +108,19 @@ pub struct CopySource {
     pub is_cached: bool,
 }
 
+/// Most steps that are planned and not committed: one runs and the next is started behind it.
+pub const MAX_PLANNED: usize = 2;
+
+/// What becomes of a running sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    GoesOn,
+    /// Given up while a step was planned; retired with the next commit.
+    GivenUp,
+    /// Answered or given up. It keeps its pages until a step is done that was planned before.
+    Retired,
+}
+
 /// A sequence inside the engine.
 #[derive(Debug)]
 pub struct Sequence {
@@ -123,6 +138,9 @@ pub struct Sequence {
     pub sampling: SamplingParams,
     /// Leading tokens whose keys and values are in `pages`.
     pub computed_len: usize,
+    /// How many tokens each planned step computes, the oldest step first; 0 leaves the sequence out.
+    pub chunk_lens: [usize; MAX_PLANNED],
+    pub fate: Fate,
     /// Page table.
     pub pages: Vec<PageId>,
     /// How long it may become; set when the sequence is admitted.
@@ -157,6 +175,8 @@ impl Sequence {
             max_tokens: request.max_tokens as usize,
             sampling: request.sampling,
             computed_len: 0,
+            chunk_lens: [0; MAX_PLANNED],
+            fate: Fate::GoesOn,
             pages: Vec::new(),
             max_pages: 0,
             num_shared_pages: 0,
@@ -178,10 +198,40 @@ impl Sequence {
         self.token_ids.len()
     }
 
-    /// Tokens known but not yet in the KV cache; at least 1, since the newest token is never computed.
-    pub fn uncomputed_len(&self) -> usize {
-        assert!(self.computed_len < self.known_len());
-        self.known_len() - self.computed_len
+    /// Where the tokens are that a planned step computes.
+    pub fn chunk(&self, step: usize) -> Range<usize> {
+        let first = self.computed_len + self.chunk_lens[..step].iter().sum::<usize>();
+        first..first + self.chunk_lens[step]
+    }
+
+    /// Whether a planned step samples a token for this sequence.
+    pub fn is_sampled_in(&self, step: usize) -> bool {
+        self.chunk_lens[step] > 0 && self.chunk(step).end == self.known_len_after(step)
+    }
+
+    /// Tokens known when so many of the planned steps are done and none of them has ended the sequence early.
+    pub fn known_len_after(&self, num_steps: usize) -> usize {
+        self.known_len() + (0..num_steps).filter(|&step| self.is_sampled_in(step)).count()
+    }
+
+    /// Tokens known but not in the KV cache after so many planned steps; at least 1 if the sequence goes on then, since
+    /// the newest token is never computed.
+    pub fn uncomputed_len(&self, num_steps: usize) -> usize {
+        self.known_len_after(num_steps) - self.chunk(num_steps).start
+    }
+
+    /// Whether there is more to compute after so many planned steps, as far as one can tell.
+    pub fn goes_on(&self, num_steps: usize) -> bool {
+        let answer_len = self.known_len_after(num_steps) - self.prompt_len;
+        self.fate == Fate::GoesOn && answer_len < self.max_tokens
+    }
+
+    /// The oldest planned step is done: how many tokens it has computed.
+    pub fn next_chunk(&mut self) -> usize {
+        let chunk_len = self.chunk_lens[0];
+        self.chunk_lens.rotate_left(1);
+        self.chunk_lens[MAX_PLANNED - 1] = 0;
+        chunk_len
     }
 
     /// Answer tokens so far.
@@ -210,12 +260,17 @@ impl Sequence {
         (self.answer_len() == self.max_tokens).then_some(FinishReason::Length)
     }
 
-    /// The answer; the pages must have been given back.
-    pub fn finish(mut self, reason: FinishReason) -> Finished {
-        assert!(self.pages.is_empty(), "finished with pages");
+    /// It has left. A planned step may compute one token more: the one that was sampled last, which no answer has.
+    pub fn retire(&mut self, unanswered: Option<u32>) {
+        self.fate = Fate::Retired;
+        self.token_ids.extend(unanswered);
+    }
+
+    /// The answer that ended so.
+    pub fn finished(&self, reason: FinishReason) -> Finished {
         Finished {
             id: self.id,
-            token_ids: self.token_ids.split_off(self.prompt_len),
+            token_ids: self.token_ids[self.prompt_len..].to_vec(),
             reason,
             prompt_len: self.prompt_len as u32,
             computed_len: self.num_computed,

@@ -224,8 +224,12 @@ impl Model for Pages {
         self.model.info()
     }
 
-    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
-        self.model.step(batch)
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        self.model.start(batch)
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, StepError> {
+        self.model.finish()
     }
 
     fn copies_pages(&self) -> bool {

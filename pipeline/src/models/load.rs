@@ -264,6 +264,7 @@ impl LoadedModel {
                     num_pages,
                     max_position: FAKE_MAX_POSITION,
                     delay_per_token: Duration::from_micros(delay),
+                    runs_ahead: false,
                 })))
             }
             Weights::Real { weights, digest } => {

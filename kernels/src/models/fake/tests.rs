@@ -75,6 +75,27 @@ fn a_copied_prefix_is_sound() {
 }
 
 #[test]
+fn a_step_takes_the_token_of_the_step_before() {
+    let mut model = model();
+    let table = pages([0, 1, 2]);
+    let first = step(&mut model, &TOKENS, 0, &table);
+    let second = step(&mut model, &[first], 10, &table);
+
+    let mut ahead = FakeModel::new(FakeConfig { runs_ahead: true, ..model.config.clone() });
+    assert_eq!((model.max_started(), ahead.max_started()), (1, 2));
+    let mut batch = StepBatch::default();
+    batch.push(&[1, 2, 3], 0, &pages([4]), None);
+    batch.push(&TOKENS, 0, &table, GREEDY);
+    ahead.start(&batch).unwrap();
+    batch.clear();
+    batch.push_ahead(1, 10, &table, GREEDY);
+    ahead.start(&batch).unwrap();
+    assert_eq!(ahead.finish().unwrap().token_ids, [None, Some(first)]);
+    assert_eq!(ahead.finish().unwrap().token_ids, [Some(second)]);
+    assert_eq!(ahead.num_faults(), 0);
+}
+
+#[test]
 fn paging_faults_change_the_answer() {
     let vocab = FakeConfig { vocab_size: u32::MAX, page_size: 4, num_pages: 8, ..FakeConfig::default() };
     let fresh = || FakeModel::new(FakeConfig { eos_probability: 0.0, ..vocab.clone() });

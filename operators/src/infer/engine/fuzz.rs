@@ -1,22 +1,31 @@
 //! The main property: an answer depends on its prompt and parameters only. Not on how many sequences run at once, on
-//! the token budget, the page size, the size or state of the cache, the order of arrival, or steps that failed.
+//! the token budget, the page size, the size or state of the cache, the order of arrival, steps that failed, or whether
+//! steps are started while others run.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tidemill_kernels::models::FakeModel;
+use tidemill_kernels::models::{FakeConfig, FakeModel};
 use tidemill_kernels::step::SamplingParams;
 
 use super::super::page_pool::fuzz::Random;
 use super::super::scheduler::tests::learn_short;
 use super::super::sequence::{FinishReason, Priority, SharedPrefix};
-use super::tests::{VOCAB_SIZE, fake_model, naive_answer};
+use super::tests::{VOCAB_SIZE, fake_config, naive_answer};
 use super::*;
+
+/// What the models of all cases did.
+#[derive(Debug, Default)]
+struct Seen {
+    num_copies: AtomicU64,
+    /// Rows whose token was not known when they were started.
+    num_ahead: AtomicU64,
+}
 
 /// Fails one step in eight, before or after it wrote to the cache.
 struct FlakyModel {
-    num_copies: Arc<AtomicU64>,
+    seen: Arc<Seen>,
     model: FakeModel,
     copies_pages: bool,
     random: Random,
@@ -27,19 +36,28 @@ impl Model for FlakyModel {
         self.model.info()
     }
 
-    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
-        self.num_copies.fetch_add(batch.copies.len() as u64, Ordering::Relaxed);
-        let fail = || Err(StepError { message: "planned".to_owned() });
-        if self.random.one_in(16) {
-            return fail();
-        }
-        let output = self.model.step(batch)?;
-        if self.random.one_in(16) { fail() } else { Ok(output) }
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        self.seen.num_copies.fetch_add(batch.copies.len() as u64, Ordering::Relaxed);
+        self.seen.num_ahead.fetch_add(batch.sampled_by.iter().flatten().count() as u64, Ordering::Relaxed);
+        if self.random.one_in(16) { planned_failure() } else { self.model.start(batch) }
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, StepError> {
+        let output = self.model.finish()?;
+        if self.random.one_in(16) { planned_failure() } else { Ok(output) }
+    }
+
+    fn max_started(&self) -> usize {
+        self.model.max_started()
     }
 
     fn copies_pages(&self) -> bool {
         self.copies_pages
     }
+}
+
+fn planned_failure<T>() -> Result<T, StepError> {
+    Err(StepError { message: "planned".to_owned() })
 }
 
 type Answers = BTreeMap<SequenceId, (Vec<u32>, FinishReason)>;
@@ -80,8 +98,13 @@ fn hints(random: &mut Random, prompt_len: usize) -> Arc<[SharedPrefix]> {
 }
 
 /// An engine in which each of the sequences fits alone; often not more than that.
-fn random_engine(random: &mut Random, requests: &[SequenceRequest], num_copies: &Arc<AtomicU64>) -> Engine {
-    let num_copies = Arc::clone(num_copies);
+fn random_engine(
+    random: &mut Random,
+    requests: &[SequenceRequest],
+    runs_ahead: bool,
+    seen: &Arc<Seen>,
+) -> Engine {
+    let seen = Arc::clone(seen);
     let page_size = *random.pick(&[1, 2, 4, 16, 64]);
     let longest = requests.iter().map(|request| request.token_ids.len() + request.max_tokens as usize).max();
     let least_pages = longest.expect("there are requests").div_ceil(page_size);
@@ -91,11 +114,11 @@ fn random_engine(random: &mut Random, requests: &[SequenceRequest], num_copies: 
         max_num_batched_tokens: *random.pick(&[1, 2, 3, 7, 16, 50, 1000]),
         enable_prefix_cache: !random.one_in(3),
     };
-    println!("{config:?}, {num_pages} pages of {page_size}");
-    let model = fake_model(num_pages as u32, page_size as u32);
+    println!("{config:?}, {num_pages} pages of {page_size}, runs ahead: {runs_ahead}");
+    let fake = FakeConfig { runs_ahead, ..fake_config(num_pages as u32, page_size as u32) };
+    let model = FakeModel::new(fake);
     let (copies_pages, flaky) = (!random.one_in(3), Random::new(random.next()));
-    let mut engine =
-        Engine::new(Box::new(FlakyModel { num_copies, model, copies_pages, random: flaky }), config);
+    let mut engine = Engine::new(Box::new(FlakyModel { seen, model, copies_pages, random: flaky }), config);
     if random.one_in(2) {
         learn_short(&mut engine.scheduler);
     }
@@ -142,12 +165,12 @@ fn check_stats_at_the_end(engine: &Engine, finished: &[Finished]) {
 
 #[test]
 fn what_is_given_up_changes_no_other_answer() {
-    let num_copies = Arc::new(AtomicU64::new(0));
+    let seen = Arc::new(Seen::default());
     let (mut num_aborted, mut num_finished) = (0, 0);
-    for seed in 1000..1150 {
+    for seed in 1000..1300 {
         let mut random = Random::new(seed);
         let requests = workload(&mut random);
-        let mut engine = random_engine(&mut random, &requests, &num_copies);
+        let mut engine = random_engine(&mut random, &requests, seed % 2 == 0, &seen);
         requests.iter().for_each(|request| engine.submit(request.clone()).expect("each sequence fits"));
         let mut open: BTreeMap<SequenceId, &SequenceRequest> =
             requests.iter().map(|request| (request.id, request)).collect();
@@ -177,15 +200,15 @@ fn what_is_given_up_changes_no_other_answer() {
 
 #[test]
 fn answers_depend_on_the_prompt_only() {
-    let num_copies = Arc::new(AtomicU64::new(0));
+    let seen = Arc::new(Seen::default());
     let (mut preemptions, mut reused_tokens, mut stops) = (0, 0, 0);
     for seed in 0..150 {
         let mut random = Random::new(seed);
         let requests = workload(&mut random);
         let naive: Answers = requests.iter().map(|request| (request.id, naive_answer(request))).collect();
         // The second round finds what the first has left in the cache.
-        for _ in 0..4 {
-            let mut engine = random_engine(&mut random, &requests, &num_copies);
+        for runs_ahead in [false, true, false, true] {
+            let mut engine = random_engine(&mut random, &requests, runs_ahead, &seen);
             let mut finished = Vec::new();
             for _ in 0..2 {
                 let round = run(&mut random, &mut engine, &requests);
@@ -204,6 +227,7 @@ fn answers_depend_on_the_prompt_only() {
     println!("{preemptions} preemptions, {reused_tokens} tokens reused, {stops} stops");
     assert!(preemptions > 100, "too few preemptions to show anything");
     assert!(reused_tokens > 1000, "too little reuse to show anything");
-    assert!(num_copies.load(Ordering::Relaxed) > 1000, "too few copies to show anything");
+    assert!(seen.num_copies.load(Ordering::Relaxed) > 1000, "too few copies to show anything");
+    assert!(seen.num_ahead.load(Ordering::Relaxed) > 1000, "too few steps behind others to show anything");
     assert!(stops > 100, "too few stops to show anything");
 }

@@ -1,4 +1,5 @@
 use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 
 use tidemill_kernels::models::{FakeConfig, FakeModel};
 use tidemill_kernels::step::{PageId, SamplingParams};
@@ -9,20 +10,25 @@ use super::*;
 
 pub(super) const VOCAB_SIZE: u32 = 24;
 
-pub(super) fn fake_model(num_pages: u32, page_size: u32) -> FakeModel {
-    FakeModel::new(FakeConfig {
+pub(super) fn fake_config(num_pages: u32, page_size: u32) -> FakeConfig {
+    FakeConfig {
         vocab_size: VOCAB_SIZE,
         eos_probability: 0.04,
         page_size,
         num_pages,
         ..FakeConfig::default()
-    })
+    }
+}
+
+pub(super) fn fake_model(num_pages: u32, page_size: u32) -> FakeModel {
+    FakeModel::new(fake_config(num_pages, page_size))
 }
 
 /// Returns what it was given instead of a step's outcome, as long as there is any.
 struct ScriptedModel {
     model: FakeModel,
     outcomes: VecDeque<Result<StepOutput, StepError>>,
+    started: VecDeque<Result<StepOutput, StepError>>,
 }
 
 impl Model for ScriptedModel {
@@ -30,8 +36,14 @@ impl Model for ScriptedModel {
         self.model.info()
     }
 
-    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
-        self.outcomes.pop_front().unwrap_or_else(|| self.model.step(batch))
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        let outcome = self.outcomes.pop_front().unwrap_or_else(|| self.model.step(batch));
+        self.started.push_back(outcome);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, StepError> {
+        self.started.pop_front().expect("a step is started")
     }
 
     fn copies_pages(&self) -> bool {
@@ -73,7 +85,8 @@ pub(super) fn request(id: u64, token_ids: &[u32], max_tokens: u32) -> SequenceRe
 
 fn engine(num_pages: u32, outcomes: impl IntoIterator<Item = Result<StepOutput, StepError>>) -> Engine {
     let config = EngineConfig { max_num_seqs: 4, max_num_batched_tokens: 16, enable_prefix_cache: true };
-    let model = ScriptedModel { model: fake_model(num_pages, 4), outcomes: outcomes.into_iter().collect() };
+    let outcomes = outcomes.into_iter().collect();
+    let model = ScriptedModel { model: fake_model(num_pages, 4), outcomes, started: VecDeque::new() };
     Engine::new(Box::new(model), config)
 }
 
@@ -120,6 +133,51 @@ fn a_step_without_work_does_nothing() {
     let mut engine = engine(4, []);
     assert_eq!(engine.step().unwrap(), []);
     assert_eq!(engine.stats(), EngineStats { kv_pages_total: 4, ..EngineStats::default() });
+}
+
+/// Notes how many steps are started when one is waited for.
+struct WatchedModel {
+    model: FakeModel,
+    num_started: usize,
+    at_finish: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Model for WatchedModel {
+    fn info(&self) -> &ModelInfo {
+        self.model.info()
+    }
+
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        self.num_started += 1;
+        self.model.start(batch)
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, StepError> {
+        self.at_finish.lock().unwrap().push(self.num_started);
+        self.num_started -= 1;
+        self.model.finish()
+    }
+
+    fn max_started(&self) -> usize {
+        self.model.max_started()
+    }
+}
+
+#[test]
+fn a_step_always_runs_until_the_last_prompt_ends() {
+    let fake = FakeConfig { runs_ahead: true, ..fake_config(500, 4) };
+    let at_finish = Arc::default();
+    let model =
+        WatchedModel { model: FakeModel::new(fake), num_started: 0, at_finish: Arc::clone(&at_finish) };
+    let config = EngineConfig { max_num_seqs: 8, max_num_batched_tokens: 20, enable_prefix_cache: true };
+    let mut engine = Engine::new(Box::new(model), config);
+    let requests: Vec<_> = (0..60).map(|id| request(id, &[id as u32 % 24; 13], 1 + id as u32 % 17)).collect();
+    requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
+    check_answers(&run(&mut engine), &requests);
+    let at_finish = at_finish.lock().unwrap();
+    let (last, others) = at_finish.split_last().unwrap();
+    assert_eq!((*last, others.iter().all(|&num_started| num_started == 2)), (1, true), "{at_finish:?}");
+    assert_eq!(at_finish.len() as u64, engine.stats().steps);
 }
 
 #[test]

@@ -122,6 +122,9 @@ impl Case {
         let page = self.pool.take().expect("one is free");
         let parent = user.pages.last().copied();
         let kept = self.cache.insert(parent, &new, page, &mut self.pool);
+        if kept != page {
+            self.pool.give_back(page);
+        }
         user.token_ids.extend_from_slice(&new);
         user.pages.push(kept);
         let entry = self.naive.entry(user.token_ids.clone()).or_insert((page, 0, 0, 0));

@@ -21,11 +21,15 @@ impl Model for FragileModel {
         self.0.info()
     }
 
-    fn step(&mut self, batch: &StepBatch) -> Result<StepOutput, StepError> {
+    fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
         if batch.token_ids.iter().zip(&batch.positions).any(|place| place == (&0, &0)) {
             return Err(StepError { message: "planned".to_owned() });
         }
-        self.0.step(batch)
+        self.0.start(batch)
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, StepError> {
+        self.0.finish()
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tidemill_kernels::step::PageId;
 
 use super::super::forecast::{Footprint, peak_pages};
-use super::super::sequence::{CopySource, Sequence};
+use super::super::sequence::{CopySource, Fate, Sequence};
 use super::Scheduler;
 use crate::group::tree::common_len;
 
@@ -113,6 +113,9 @@ impl Scheduler {
         // One of lower priority may be preempted in this step, and may take long: it is neither copied nor awaited.
         let end = self.running.partition_point(|other| other.priority <= sequence.priority);
         for sibling in &self.running[end.saturating_sub(MAX_SIBLINGS)..end] {
+            if sibling.fate != Fate::GoesOn {
+                continue;
+            }
             let (num_pages, first) = (path.len(), path.len() * self.page_size);
             if sibling.num_shared_pages < num_pages || sibling.pages[..num_pages].last() != path.last() {
                 continue;
@@ -176,10 +179,11 @@ impl Scheduler {
     }
 
     fn footprint(&self, sequence: &Sequence, num_pages: usize, num_own_pages: usize) -> Footprint {
-        let (len, max_tokens) = (sequence.answer_len(), sequence.max_tokens);
+        let known_len = sequence.known_len_after(self.num_planned);
+        let (len, max_tokens) = (known_len - sequence.prompt_len, sequence.max_tokens);
         let lengths = self.answer_lengths.get(&(sequence.owner, Arc::clone(&sequence.step)));
         let expected = lengths.map(|lengths| lengths.remaining(len, max_tokens));
         let remaining = expected.unwrap_or(max_tokens - len);
-        Footprint { num_pages, num_own_pages, known_len: sequence.known_len(), remaining }
+        Footprint { num_pages, num_own_pages, known_len, remaining }
     }
 }

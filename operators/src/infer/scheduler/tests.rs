@@ -46,21 +46,109 @@ fn check_arrivals(mut scheduler: Scheduler, prompts: &[(usize, Priority, &str, u
             scheduler.submit(&SequenceRequest { priority, ..request });
             id += 1;
         }
-        scheduler.plan();
-        let running = scheduler.running.iter().zip(&scheduler.plan.chunk_lens);
-        let mut line: Vec<_> = running.map(|(sequence, len)| format!("{}{len}", name(sequence))).collect();
+        scheduler.plan(0);
+        let of = |sequence: &Sequence| format!("{}{}", name(sequence), sequence.chunk_lens[0]);
+        let mut line: Vec<_> = scheduler.running.iter().map(of).collect();
         if !scheduler.waiting.is_empty() {
             line.push(format!("| {}", scheduler.waiting.iter().map(name).collect::<String>()));
         }
         lines.push(line.join(" "));
         let mut batch = StepBatch::default();
-        scheduler.fill(&mut batch);
+        scheduler.fill(0, &mut batch);
         // Sampled tokens differ between sequences, so that answers are not shared.
         let token_ids =
             (0..batch.num_seqs()).map(|seq| batch.sampling[seq].map(|_| 1000 + batch.pages(seq)[0].0));
         scheduler.commit(&StepOutput { token_ids: token_ids.collect() }, &[]);
     }
     assert_eq!(lines, expect, "{lines:#?}");
+}
+
+/// What each step computes, as [`check_arrivals`] shows it, if each is planned while the one before it runs. A capital
+/// letter is a token that the step before samples. Each answer ends with the token after `answer_lens`.
+#[track_caller]
+fn check_ahead(mut scheduler: Scheduler, prompts: &[(&str, u32)], answer_lens: &[usize], expect: &[&str]) {
+    for (id, &(prompt, max_tokens)) in prompts.iter().enumerate() {
+        let token_ids = prompt.bytes().map(u32::from).collect();
+        let sampling = SamplingParams::GREEDY;
+        scheduler.submit(&SequenceRequest::new(SequenceId(id as u64), token_ids, max_tokens, sampling));
+    }
+    let mut batches = VecDeque::new();
+    let mut lines = Vec::new();
+    while scheduler.has_work() {
+        while batches.len() < MAX_PLANNED && scheduler.plan(batches.len()) {
+            let step = batches.len();
+            let mut batch = StepBatch::default();
+            scheduler.fill(step, &mut batch);
+            let in_step = scheduler.running.iter().filter(|sequence| sequence.chunk_lens[step] > 0);
+            let ids: Vec<_> = in_step.map(|sequence| sequence.id.0 as usize).collect();
+            let part = |(&id, sampled_by): (&usize, &Option<u32>)| {
+                let first = if sampled_by.is_some() { b'A' } else { b'a' };
+                let chunk =
+                    &scheduler.running.iter().find(|other| other.id.0 as usize == id).unwrap().chunk_lens;
+                format!("{}{}", char::from(first + id as u8), chunk[step])
+            };
+            lines.push(ids.iter().zip(&batch.sampled_by).map(part).collect::<Vec<_>>().join(" "));
+            batches.push_back((ids, batch));
+        }
+        let (ids, batch) = batches.pop_front().unwrap();
+        let token_ids = ids.iter().zip(&batch.sampling).map(|(&id, sampling)| {
+            let sequence = scheduler.running.iter().find(|other| other.id.0 as usize == id).unwrap();
+            let is_end = sequence.fate == Fate::GoesOn
+                && sequence.known_len_after(1) > sequence.prompt_len + answer_lens[id];
+            sampling.map(|_| if is_end { 0 } else { 1000 + id as u32 })
+        });
+        scheduler.commit(&StepOutput { token_ids: token_ids.collect() }, &[0]);
+    }
+    assert_eq!(lines, expect, "{lines:#?}");
+}
+
+#[test]
+fn steps_are_planned_while_others_run() {
+    // The first ends by its length and is not planned again; the second ends early and has a row too many.
+    check_ahead(
+        Scheduler::new(CONFIG, 64, 4, true),
+        &[("aaaaaa", 3), ("bbbbbbbbb", 9), ("cc", 2)],
+        &[9, 2, 9],
+        &["a6 b2", "A1 b7", "A1 B1 c2", "B1 C1", "B1"],
+    );
+}
+
+#[test]
+fn nobody_is_preempted_behind_a_step_that_runs() {
+    // All pages are taken after two steps. Who needs another one is left out of the third and preempts when it is done.
+    check_ahead(
+        optimist(CONFIG, 3),
+        &[("aaa", 5), ("bbbb", 4)],
+        &[9, 9],
+        &["a3 b4", "A1 B1", "B1", "a1", "A1", "A1", "b3"],
+    );
+}
+
+#[test]
+fn a_page_that_a_running_step_copies_is_not_given_away() {
+    let mut scheduler = Scheduler::new(CONFIG, 64, 4, true);
+    let submit = |scheduler: &mut Scheduler, id: u64, prompt: &[u32], max_tokens: u32| {
+        let sampling = SamplingParams::GREEDY;
+        scheduler.submit(&SequenceRequest::new(SequenceId(id), prompt.into(), max_tokens, sampling));
+    };
+    let plan = |scheduler: &mut Scheduler, step: usize| {
+        assert!(scheduler.plan(step));
+        let mut batch = StepBatch::default();
+        scheduler.fill(step, &mut batch);
+        batch
+    };
+    let output = || StepOutput { token_ids: vec![Some(9)] };
+    submit(&mut scheduler, 0, &[1, 1], 2);
+    plan(&mut scheduler, 0);
+    plan(&mut scheduler, 1);
+    scheduler.commit(&output(), &[]);
+    // It takes its beginning from one that ends with the step that runs.
+    submit(&mut scheduler, 1, &[1, 1, 2], 2);
+    let [copy] = plan(&mut scheduler, 1).copies[..] else { panic!("nothing is copied") };
+    assert_eq!(scheduler.commit(&output(), &[]).len(), 1);
+    submit(&mut scheduler, 2, &[3; 7], 2);
+    let batch = plan(&mut scheduler, 1);
+    assert!(batch.num_seqs() == 2 && !batch.kv_page_indices.contains(&copy.from), "{batch:?}");
 }
 
 #[test]
