@@ -17,7 +17,6 @@ struct RmsNormParams {
   const float *weight, *post_norm;
   void* out;         // bf16, or e4m3 where out_scale is given
   float* out_scale;  // [rows]
-  const uint32_t* rows_of;
   uint32_t size;
   float epsilon;
 };
@@ -26,7 +25,7 @@ struct RmsNormParams {
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) rms_norm(const __grid_constant__ RmsNormParams p) {
   DYN_SHARED(float, parts);
-  const size_t row = p.rows_of ? p.rows_of[blockIdx.x] : blockIdx.x;
+  const size_t row = blockIdx.x;
   float* residual = p.residual + row * p.size;
   const bf16* delta = p.delta ? p.delta + row * p.size : nullptr;
   float delta_scale = 1;
@@ -69,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) rms_norm(const __grid_
   if (p.out_scale) {
     const float step = e4m3_step(block_max(largest, parts) * scale);
     if (threadIdx.x == 0)
-      p.out_scale[blockIdx.x] = step;
+      p.out_scale[row] = step;
     scale /= step;
   }
   for (uint32_t i = threadIdx.x * 8; i < p.size; i += kRowThreads * 8) {
@@ -78,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) rms_norm(const __grid_
 #pragma unroll
     for (int j = 0; j < 8; j++)
       x.x[j] *= scale * weight.x[j];
-    const size_t at = (size_t)blockIdx.x * p.size + i;
+    const size_t at = row * p.size + i;
     if (p.out_scale)
       store_eight((e4m3*)p.out + at, x);
     else

@@ -37,6 +37,11 @@ pub enum GpuError {
     HeadDim { head_dim: u32 },
     #[error("the {what} {size} is not a multiple of {multiple}, which GPUs need")]
     Size { what: &'static str, size: u32, multiple: u32 },
+    #[error(
+        "{wanted} KV pages of {page_bytes} bytes do not fit beside weights and buffers: {free} of {total} bytes are \
+         free, which is room for {fits}"
+    )]
+    KvCache { wanted: u32, fits: u32, page_bytes: u64, free: u64, total: u64 },
     #[error("mixtures of experts are not computed on a GPU yet")]
     Experts,
 }

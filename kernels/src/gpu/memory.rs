@@ -109,6 +109,12 @@ impl<'a, T: Plain> DeviceSlice<'a, T> {
         Self { address: array.at(first), len, array: PhantomData }
     }
 
+    /// `len` elements from `first` on.
+    pub(crate) fn part(&self, first: usize, len: usize) -> Self {
+        assert!(first + len <= self.len, "{len} elements from {first} on, of {}", self.len);
+        Self { address: Address(self.address.0 + (first * size_of::<T>()) as u64), len, array: PhantomData }
+    }
+
     pub(crate) fn address(&self) -> Address {
         self.address
     }

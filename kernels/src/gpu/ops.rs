@@ -5,6 +5,7 @@
 mod copy_kv;
 mod embed;
 mod gated;
+mod gather;
 mod linear;
 mod quantize;
 mod randomize;
@@ -16,6 +17,7 @@ use half::bf16;
 pub(crate) use self::copy_kv::{CopyKv, copy_kv};
 pub(crate) use self::embed::{Embed, embed};
 pub(crate) use self::gated::{Gated, gated};
+pub(crate) use self::gather::gather;
 pub(crate) use self::linear::{LinearOut, Matrix, MatrixValues, Rows, linear};
 pub(crate) use self::quantize::quantize;
 pub(crate) use self::randomize::randomize;

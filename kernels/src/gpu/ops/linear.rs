@@ -21,6 +21,16 @@ pub(crate) enum MatrixValues {
     E4m3(DeviceVec<u8>, DeviceVec<f32>),
 }
 
+impl Matrix {
+    /// The numbers of a matrix that is never rounded.
+    pub(crate) fn bf16(&self) -> &DeviceVec<bf16> {
+        match &self.values {
+            MatrixValues::Bf16(values) => values,
+            MatrixValues::E4m3(..) => panic!("the matrix was rounded"),
+        }
+    }
+}
+
 /// Rows that meet a matrix, in its numbers.
 #[derive(Clone, Copy)]
 pub(crate) enum Rows<'a> {
@@ -43,7 +53,7 @@ pub(crate) fn linear(
     batch_invariant: bool,
 ) -> Result<(), DeviceError> {
     let (n, k) = (weight.num_outputs, weight.num_inputs);
-    assert!(n.is_multiple_of(ROW_MULTIPLE) && k.is_multiple_of(ROW_MULTIPLE), "a matrix of {n} by {k}");
+    assert!(k.is_multiple_of(ROW_MULTIPLE), "a matrix of {n} by {k}");
     let (input, x, x_scale, x_len) = match x {
         Rows::Bf16(x) => (GemmInput::Bf16, x.address(), None, x.len()),
         Rows::E4m3(x, scale) => {

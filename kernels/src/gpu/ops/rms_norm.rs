@@ -8,6 +8,7 @@ use crate::gpu::memory::DeviceVec;
 
 const KERNEL: Kernel = row_kernel("rms_norm");
 
+#[derive(Clone, Copy)]
 pub(crate) struct RmsNorm<'a> {
     pub(crate) num_rows: usize,
     /// `[rows, size]`
@@ -19,8 +20,6 @@ pub(crate) struct RmsNorm<'a> {
     /// `[size]`: `delta` is normalized and multiplied by this first.
     pub(crate) post_norm: Option<&'a DeviceVec<f32>>,
     pub(crate) out: RowsOut<'a>,
-    /// `[num_rows]`: which rows of the stream, which is only read then.
-    pub(crate) rows_of: Option<&'a DeviceVec<u32>>,
     pub(crate) epsilon: f32,
 }
 
@@ -33,7 +32,6 @@ struct Params {
     post_norm: Address,
     out: Address,
     out_scale: Address,
-    rows_of: Address,
     size: u32,
     epsilon: f32,
 }
@@ -41,8 +39,8 @@ struct Params {
 pub(crate) fn rms_norm(device: &dyn Device, args: &RmsNorm<'_>) -> Result<(), DeviceError> {
     let size = args.weight.len();
     let len = args.num_rows * size;
-    assert!(args.rows_of.map_or(args.residual.len() >= len, |rows| rows.len() >= args.num_rows));
-    assert!(args.delta.is_none_or(|delta| delta.len() >= len && args.rows_of.is_none()));
+    assert!(args.residual.len() >= len);
+    assert!(args.delta.is_none_or(|delta| delta.len() >= len));
     assert!(args.post_norm.is_none_or(|weight| weight.len() == size));
     let (out, out_scale) = args.out.addresses(args.num_rows, size);
     let params = Params {
@@ -52,10 +50,9 @@ pub(crate) fn rms_norm(device: &dyn Device, args: &RmsNorm<'_>) -> Result<(), De
         post_norm: Address::of(args.post_norm),
         out,
         out_scale,
-        rows_of: Address::of(args.rows_of),
         size: size as u32,
         epsilon: args.epsilon,
     };
-    // SAFETY: the lengths were checked above; rows of `rows_of` are those of the batch.
+    // SAFETY: the lengths were checked above.
     unsafe { launch(device, &KERNEL, [args.num_rows as u32, 1, 1], &params) }
 }

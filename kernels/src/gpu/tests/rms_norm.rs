@@ -39,7 +39,6 @@ fn adds_and_normalizes() {
                     weight: &weight,
                     post_norm: post_norm.as_ref(),
                     out: RowsOut::Bf16(&out),
-                    rows_of: None,
                     epsilon: EPSILON,
                 };
                 rms_norm(&*device, &args).unwrap();
@@ -59,30 +58,5 @@ fn adds_and_normalizes() {
                 );
             }
         }
-    }
-}
-
-#[test]
-fn gathers_rows() {
-    let (size, rows_of) = (64, [4u32, 0, 4]);
-    let (residual, weight) = (random(1, 5 * size), random(2, size));
-    let expected: Vec<f32> = rows_of
-        .iter()
-        .flat_map(|&row| norm(&residual[row as usize * size..][..size], &weight, 1e-6))
-        .collect();
-    for device in devices() {
-        let out = fresh(&device, rows_of.len() * size);
-        let args = RmsNorm {
-            num_rows: rows_of.len(),
-            residual: &put(&device, &residual),
-            delta: None,
-            weight: &put(&device, &weight),
-            post_norm: None,
-            out: RowsOut::Bf16(&out),
-            rows_of: Some(&put(&device, &rows_of)),
-            epsilon: 1e-6,
-        };
-        rms_norm(&*device, &args).unwrap();
-        assert_close(&to_f32(&out.read().unwrap()), &expected, BF16_TOLERANCE, "gathered");
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::backend::Backend;
 use crate::gpu::e4m3;
-use crate::gpu::ops::{Embed, Gated, RowsOut, embed, gated, quantize};
+use crate::gpu::ops::{Embed, Gated, RowsOut, embed, gated, gather, quantize};
 use crate::models::Activation;
 use crate::reference::Reference;
 
@@ -83,5 +83,19 @@ fn ids_come_from_the_host_or_from_the_step_before() {
         };
         embed(&*device, &args).unwrap();
         assert_close(&out.read().unwrap(), &expected, 1e-6, "embedded");
+    }
+}
+
+#[test]
+fn rows_are_gathered() {
+    let (size, row_of) = (72, [4u32, 0, 4]);
+    let rows = random(30, 5 * size);
+    for device in devices() {
+        let (rows, out) = (put(&device, &to_bf16(&rows)), fresh(&device, row_of.len() * size));
+        gather(&*device, row_of.len(), size, &rows, (&put(&device, &row_of)).into(), &out).unwrap();
+        let (rows, out) = (rows.read().unwrap(), out.read().unwrap());
+        for (row, out) in row_of.iter().zip(out.chunks(size)) {
+            assert_eq!(out, &rows[*row as usize * size..][..size]);
+        }
     }
 }
