@@ -11,11 +11,16 @@
 //! The caller guarantees what [`StepBatch::check`] asserts; a model may rely on it. Which pages are free or
 //! shared is unknown here: see `page_pool` and `prefix_cache` in `tidemill-operators`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// One fixed-size piece of the KV cache; `page_size` tokens, a power of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageId(pub u32);
+
+/// One piece of the host's memory, for the keys and values of one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostPageId(pub u32);
 
 /// How the next token is chosen from the logits.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -55,7 +60,10 @@ pub struct StepBatch {
     /// one samples for its sequence `s`; its entry in `token_ids` is 0 then. All `None` for a model with
     /// [`max_started`](Model::max_started) 1.
     pub sampled_by: Vec<Option<u32>>,
-    /// Done before anything is written; empty unless the model [`copies_pages`](Model::copies_pages). No page is
+    /// Done in this order before anything else; empty unless the model has [host pages](Model::num_host_pages). All that go
+    /// out come first, and no host page goes both ways.
+    pub swaps: Vec<PageSwap>,
+    /// Done after the swaps, before anything is written; empty unless the model [`copies_pages`](Model::copies_pages). No page is
     /// both source and target.
     pub copies: Vec<PageCopy>,
 }
@@ -67,6 +75,14 @@ pub struct PageCopy {
     pub from: PageId,
     pub to: PageId,
     pub len: u32,
+}
+
+/// The keys and values of a whole page, for a host page or from one. Where they come from, they stay until something
+/// else is written there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageSwap {
+    Out { page: PageId, host: HostPageId },
+    In { host: HostPageId, page: PageId },
 }
 
 /// `[num_seqs]`: the sampled token where one was asked for.
@@ -121,6 +137,10 @@ pub trait Model: Send {
     /// Whether a step carries out [`StepBatch::copies`]; otherwise only whole pages are shared.
     fn copies_pages(&self) -> bool {
         false
+    }
+    /// So many pages can be swapped to the host's memory, by [`StepBatch::swaps`].
+    fn num_host_pages(&self) -> u32 {
+        0
     }
 }
 
@@ -193,6 +213,7 @@ impl StepBatch {
         self.kv_page_indices.clear();
         self.sampling.clear();
         self.sampled_by.clear();
+        self.swaps.clear();
         self.copies.clear();
     }
 
@@ -223,6 +244,15 @@ impl StepBatch {
         }
         assert!(self.token_ids.iter().all(|&id| id < info.vocab_size), "token id beyond the vocabulary");
         assert!(self.kv_page_indices.iter().all(|page| page.0 < info.num_pages), "page beyond the cache");
+        let mut hosts_out = BTreeSet::new();
+        for swap in &self.swaps {
+            let (PageSwap::Out { page, host } | PageSwap::In { host, page }) = *swap;
+            assert!(page.0 < info.num_pages, "a swap beyond the cache");
+            match swap {
+                PageSwap::Out { .. } => assert!(hosts_out.insert(host), "a host page is written twice"),
+                PageSwap::In { .. } => assert!(!hosts_out.contains(&host), "a host page goes both ways"),
+            }
+        }
         for copy in &self.copies {
             assert!(copy.from.0 < info.num_pages && copy.to.0 < info.num_pages, "copy beyond the cache");
             assert!((1..info.page_size).contains(&copy.len), "a copy of {} slots", copy.len);

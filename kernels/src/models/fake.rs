@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::step::{Model, ModelInfo, PageId, SamplingParams, StepBatch, StepError, StepOutput};
+use crate::step::{Model, ModelInfo, PageId, PageSwap, SamplingParams, StepBatch, StepError, StepOutput};
 
 const START: u64 = 0x7469_6465_6d69_6c6c;
 const FAULT: u64 = 0x6661_756c_7400_0000;
@@ -28,6 +28,7 @@ pub struct FakeConfig {
     pub eos_probability: f64,
     pub page_size: u32,
     pub num_pages: u32,
+    pub num_host_pages: u32,
     pub max_position: u32,
     /// Each step takes this for every token of its batch, so that a test can interrupt it.
     pub delay_per_token: Duration,
@@ -44,6 +45,7 @@ impl Default for FakeConfig {
             eos_probability: 0.1,
             page_size: 16,
             num_pages: 256,
+            num_host_pages: 0,
             max_position: 4096,
             delay_per_token: Duration::ZERO,
             runs_ahead: false,
@@ -58,6 +60,8 @@ pub struct FakeModel {
     info: ModelInfo,
     /// `[num_pages * page_size]`
     slots: Vec<Option<Slot>>,
+    /// `[num_host_pages * page_size]`
+    host_slots: Vec<Option<Slot>>,
     /// Steps that are not finished, the oldest first.
     started: VecDeque<StepBatch>,
     /// Of the last step that was finished.
@@ -92,8 +96,9 @@ impl FakeModel {
             num_pages: config.num_pages,
         };
         let slots = vec![None; config.page_size as usize * config.num_pages as usize];
+        let host_slots = vec![None; config.page_size as usize * config.num_host_pages as usize];
         let (started, last_output) = (VecDeque::new(), StepOutput::default());
-        Self { config, info, slots, started, last_output, num_faults: 0, num_tokens: 0 }
+        Self { config, info, slots, host_slots, started, last_output, num_faults: 0, num_tokens: 0 }
     }
 
     /// How often a slot was read that did not hold what the sequence wrote there.
@@ -146,6 +151,15 @@ impl FakeModel {
         }
         self.num_tokens += batch.num_tokens() as u64;
         let page_size = self.config.page_size as usize;
+        for swap in &batch.swaps {
+            let (PageSwap::Out { page, host } | PageSwap::In { host, page }) = *swap;
+            let in_cache = &mut self.slots[page.0 as usize * page_size..][..page_size];
+            let in_host = &mut self.host_slots[host.0 as usize * page_size..][..page_size];
+            match swap {
+                PageSwap::Out { .. } => in_host.copy_from_slice(in_cache),
+                PageSwap::In { .. } => in_cache.copy_from_slice(in_host),
+            }
+        }
         for copy in &batch.copies {
             let from = copy.from.0 as usize * page_size;
             self.slots.copy_within(from..from + copy.len as usize, copy.to.0 as usize * page_size);
@@ -230,6 +244,10 @@ impl Model for FakeModel {
 
     fn copies_pages(&self) -> bool {
         true
+    }
+
+    fn num_host_pages(&self) -> u32 {
+        self.config.num_host_pages
     }
 }
 

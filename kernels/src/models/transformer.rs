@@ -137,6 +137,7 @@ impl Model for Transformer {
         batch.check(&self.info);
         assert!(self.output.is_none(), "a step is not finished");
         assert!(!batch.is_ahead(), "no step runs whose tokens could be taken");
+        assert!(batch.swaps.is_empty(), "the cache is in the host's memory");
         let Self { runner, team, .. } = self;
         let output = team.install(|| match runner {
             AnyRunner::Reference(runner) => runner.step(batch),

@@ -51,6 +51,9 @@ pub struct EngineStats {
     /// Answer tokens, without those that end a sequence.
     pub output_tokens: u64,
     pub preemptions: u64,
+    /// Pages of preempted sequences that went to the host's memory, and that came back from there.
+    pub swapped_out_pages: u64,
+    pub swapped_in_pages: u64,
     pub kv_pages_total: u64,
     /// Pages that running sequences hold.
     pub kv_pages_in_use: u64,
@@ -91,7 +94,8 @@ impl Engine {
         let info = model.info();
         assert!(info.page_size.is_power_of_two(), "page_size is {}", info.page_size);
         assert!(info.max_position > 0, "a model without positions");
-        let scheduler = Scheduler::new(config, info.num_pages, info.page_size, model.copies_pages());
+        let scheduler = Scheduler::new(config, info.num_pages, info.page_size, model.copies_pages())
+            .with_host_pages(model.num_host_pages());
         let max_started = model.max_started().min(MAX_PLANNED);
         assert!(max_started > 0, "a model that starts no step");
         let (started, spare) = (VecDeque::new(), Vec::new());
@@ -156,7 +160,8 @@ impl Engine {
     /// Before it waits, it starts the step behind, if the model takes it; so when the last answer is there, a step may
     /// still be running, and there is work until it is done.
     ///
-    /// A failed step changes no sequence, nor does one that was started behind it. Both are the same when tried again.
+    /// A failed step changes no sequence, nor does one that was started behind it. Both are the same when tried again, but
+    /// for what they were to swap out, which is lost and will be computed again.
     pub fn step(&mut self) -> Result<Vec<Finished>, StepError> {
         if !self.has_work() {
             return Ok(Vec::new());
@@ -164,6 +169,7 @@ impl Engine {
         let finished = self.start_steps().and_then(|()| self.finish_step());
         if finished.is_err() {
             self.drain();
+            self.scheduler.fail();
         }
         finished
     }
@@ -221,6 +227,8 @@ impl Engine {
             recomputed_output_tokens: counters.recomputed_output_tokens,
             output_tokens: counters.output_tokens,
             preemptions: counters.preemptions,
+            swapped_out_pages: counters.swapped_out_pages,
+            swapped_in_pages: counters.swapped_in_pages,
             kv_pages_total: num_pages as u64,
             kv_pages_in_use: (num_pages - self.scheduler.num_available_pages()) as u64,
             kv_pages_cached: self.scheduler.num_idle_pages() as u64,

@@ -6,7 +6,8 @@
 //! order of submission; so a step mixes decodes with chunks of prompts. A sequence is admitted with pages for all its known tokens, if a forecast says that the answers
 //! will find room too ([`admission`]), and needs another page only when its answer crosses a page boundary. When
 //! there is none, the sequence that costs least to compute again is preempted: it returns to its place in the
-//! waiting queue. Nothing is ever dropped. Sequences of lower priority give way to one that cannot be admitted.
+//! waiting queue, and its pages to the host's memory where that has room ([`swapping`]). Nothing is ever dropped.
+//! Sequences of lower priority give way to one that cannot be admitted.
 //!
 //! A step may be planned while the one before it runs: from the state in which that one has succeeded and sampled no
 //! token that ends an answer. Its chunks are noted in the sequences (`chunk_lens`), and everything else changes when it is
@@ -21,11 +22,12 @@
 
 mod admission;
 mod preemption;
+mod swapping;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use tidemill_kernels::step::{PageCopy, PageId, StepBatch, StepOutput};
+use tidemill_kernels::step::{PageCopy, PageId, PageSwap, StepBatch, StepOutput};
 
 use super::engine::EngineConfig;
 use super::forecast::AnswerLengths;
@@ -35,6 +37,7 @@ use super::sequence::{
     Fate, FinishReason, Finished, MAX_PLANNED, OwnerId, Priority, Sequence, SequenceId, SequenceRequest,
 };
 use admission::Admission;
+use swapping::HostPages;
 
 /// How many waiting sequences are considered in a step while those before them wait for a shared prefix.
 const MAX_LOOKAHEAD: usize = 32;
@@ -52,6 +55,8 @@ pub struct Counters {
     pub recomputed_output_tokens: u64,
     pub output_tokens: u64,
     pub preemptions: u64,
+    pub swapped_out_pages: u64,
+    pub swapped_in_pages: u64,
     pub peak_running: u64,
 }
 
@@ -63,6 +68,7 @@ pub struct Scheduler {
     /// Whether the model copies the beginning of a page; otherwise whole pages are shared and nothing else.
     copies_pages: bool,
     pool: PagePool,
+    host: HostPages,
     /// Stays empty when the configuration says so.
     cache: PrefixCache,
     /// By priority, then in order of submission.
@@ -94,6 +100,7 @@ impl Scheduler {
             page_size: page_size as usize,
             copies_pages,
             pool: PagePool::new(num_pages),
+            host: HostPages::default(),
             cache: PrefixCache::new(num_pages, page_size),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -106,6 +113,11 @@ impl Scheduler {
             first_tokens: Vec::new(),
             owned: Vec::new(),
         }
+    }
+
+    /// Lets preempted sequences keep their pages in the host's memory.
+    pub fn with_host_pages(self, num_pages: u32) -> Self {
+        Self { host: HostPages::new(num_pages), ..self }
     }
 
     /// Queues a sequence which fits the cache alone, prompt and answer together. The queue has no bound of its own.
@@ -121,7 +133,8 @@ impl Scheduler {
     /// Gives up a sequence and its pages, at once or when the planned steps are done. False if there is none of this name.
     pub fn abort(&mut self, id: SequenceId) -> bool {
         if let Some(index) = self.waiting.iter().position(|sequence| sequence.id == id) {
-            let sequence = self.waiting.remove(index).expect("it was just found");
+            let mut sequence = self.waiting.remove(index).expect("it was just found");
+            self.drop_swapped(&mut sequence);
             self.forget(&sequence);
             return true;
         }
@@ -166,6 +179,9 @@ impl Scheduler {
     /// Adds the chunks of a planned step to an empty batch.
     pub fn fill(&self, step: usize, batch: &mut StepBatch) {
         assert!(step < self.num_planned, "step {step} is not planned");
+        if step == 0 {
+            self.fill_outs(batch);
+        }
         let mut num_before = 0;
         for sequence in &self.running {
             let sampled_by = num_before;
@@ -187,7 +203,11 @@ impl Scheduler {
                 batch.push_ahead(sampled_by, chunk.start as u32, pages, sampling);
             }
             // Once, with the first chunk.
-            if let Some(copy) = sequence.copy.filter(|_| chunk.start == sequence.computed_len) {
+            if chunk.start > sequence.computed_len {
+                continue;
+            }
+            batch.swaps.extend(sequence.swap_ins.iter().map(|&(host, page)| PageSwap::In { host, page }));
+            if let Some(copy) = sequence.copy {
                 let to = pages[sequence.copied_end / self.page_size];
                 batch.copies.push(PageCopy { from: copy.page, to, len: copy.len as u32 });
             }
@@ -199,6 +219,7 @@ impl Scheduler {
         assert!(self.num_planned > 0, "commit without a plan");
         self.num_planned -= 1;
         self.first_tokens.clear();
+        self.commit_outs();
         self.replaced_pages.drain(..).for_each(|page| self.pool.give_back(page));
         let mut finished = Vec::new();
         let mut sampled = output.token_ids.iter();
@@ -234,6 +255,8 @@ impl Scheduler {
     ) -> Option<Finished> {
         if chunk_len > 0 {
             self.drop_copy(sequence);
+            let num_swapped = self.drop_swap_ins(sequence);
+            self.count(sequence.owner, |counters| counters.swapped_in_pages += num_swapped);
             self.advance(sequence, chunk_len);
         }
         let is_sampled = chunk_len > 0 && sequence.computed_len == sequence.known_len();
@@ -355,6 +378,7 @@ impl Scheduler {
                     *budget -= chunk_len;
                 }
                 Admission::AwaitsSibling => index += 1,
+                Admission::IsLeaving => return false,
                 // Overtaking would let short prompts keep a long one out for ever.
                 Admission::OutOfPages => {
                     if !self.fits_without_lower(index) || !self.make_way(priority) {
@@ -438,6 +462,7 @@ impl Scheduler {
     /// Gives all pages back; those in the prefix cache stay there until they are needed.
     fn release(&mut self, sequence: &mut Sequence) {
         self.drop_copy(sequence);
+        self.drop_swap_ins(sequence);
         let (shared, own) = sequence.pages.split_at(sequence.num_shared_pages);
         self.cache.unlock(shared);
         for &page in own {

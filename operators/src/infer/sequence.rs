@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use tidemill_kernels::step::{PageId, SamplingParams};
+use tidemill_kernels::step::{HostPageId, PageId, SamplingParams};
 
 /// Names a sequence towards the caller, who keeps them distinct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -108,6 +108,18 @@ pub struct CopySource {
     pub is_cached: bool,
 }
 
+/// What of a preempted sequence is in the host's memory.
+#[derive(Debug)]
+pub struct Swapped {
+    /// Place in the page table of the first of `pages`.
+    pub first_page: usize,
+    pub pages: Vec<HostPageId>,
+    /// Tokens that were computed; the last one is in the last page.
+    pub computed_len: usize,
+    /// The step that swaps them out is not committed.
+    pub is_leaving: bool,
+}
+
 /// Most steps that are planned and not committed: one runs and the next is started behind it.
 pub const MAX_PLANNED: usize = 2;
 
@@ -151,6 +163,10 @@ pub struct Sequence {
     pub copy: Option<CopySource>,
     /// Where the copied tokens end; 0 without a copy.
     pub copied_end: usize,
+    /// While it waits.
+    pub swapped: Option<Swapped>,
+    /// Pages that come from the host, until the step that swaps them in is done.
+    pub swap_ins: Vec<(HostPageId, PageId)>,
     /// Most tokens that were ever computed or reused: below it, computing is recomputing.
     pub seen_len: usize,
     /// Counts for [`Finished`].
@@ -182,6 +198,8 @@ impl Sequence {
             num_shared_pages: 0,
             copy: None,
             copied_end: 0,
+            swapped: None,
+            swap_ins: Vec::new(),
             seen_len: 0,
             num_computed: 0,
             num_reused: 0,

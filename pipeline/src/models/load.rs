@@ -262,6 +262,7 @@ impl LoadedModel {
                     eos_probability: 0.05,
                     page_size,
                     num_pages,
+                    num_host_pages: 0,
                     max_position: FAKE_MAX_POSITION,
                     delay_per_token: Duration::from_micros(delay),
                     runs_ahead: false,

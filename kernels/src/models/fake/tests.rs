@@ -1,5 +1,5 @@
 use super::*;
-use crate::step::PageCopy;
+use crate::step::{HostPageId, PageCopy};
 
 const GREEDY: Option<SamplingParams> = Some(SamplingParams::GREEDY);
 
@@ -70,6 +70,23 @@ fn a_copied_prefix_is_sound() {
     let copies = vec![PageCopy { from: PageId(2), to: PageId(6), len: 1 }];
     let mut batch = StepBatch { copies, ..StepBatch::default() };
     batch.push(&TOKENS[9..], 9, &pages([0, 1, 6]), GREEDY);
+    assert_eq!(model.step(&batch).unwrap().token_ids, [Some(expected)]);
+    assert_eq!(model.num_faults(), 0);
+}
+
+#[test]
+fn a_swapped_page_is_sound() {
+    let mut model = FakeModel::new(FakeConfig { num_host_pages: 2, ..model().config });
+    let expected = step(&mut model, &TOKENS, 0, &pages([0, 1, 2]));
+    let host = HostPageId(1);
+    // Out, and overwritten in the same step.
+    let swaps = vec![PageSwap::Out { page: PageId(1), host }];
+    let mut batch = StepBatch { swaps, ..StepBatch::default() };
+    batch.push(&[1, 2, 3, 4], 0, &pages([1]), None);
+    model.step(&batch).unwrap();
+    let swaps = vec![PageSwap::In { host, page: PageId(7) }];
+    let mut batch = StepBatch { swaps, ..StepBatch::default() };
+    batch.push(&TOKENS[9..], 9, &pages([0, 7, 2]), GREEDY);
     assert_eq!(model.step(&batch).unwrap().token_ids, [Some(expected)]);
     assert_eq!(model.num_faults(), 0);
 }

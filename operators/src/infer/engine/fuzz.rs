@@ -54,6 +54,10 @@ impl Model for FlakyModel {
     fn copies_pages(&self) -> bool {
         self.copies_pages
     }
+
+    fn num_host_pages(&self) -> u32 {
+        self.model.num_host_pages()
+    }
 }
 
 fn planned_failure<T>() -> Result<T, StepError> {
@@ -114,8 +118,9 @@ fn random_engine(
         max_num_batched_tokens: *random.pick(&[1, 2, 3, 7, 16, 50, 1000]),
         enable_prefix_cache: !random.one_in(3),
     };
-    println!("{config:?}, {num_pages} pages of {page_size}, runs ahead: {runs_ahead}");
-    let fake = FakeConfig { runs_ahead, ..fake_config(num_pages as u32, page_size as u32) };
+    let num_host_pages = *random.pick(&[0, 1, 3, 100]);
+    println!("{config:?}, {num_pages} and {num_host_pages} pages of {page_size}, runs ahead: {runs_ahead}");
+    let fake = FakeConfig { runs_ahead, num_host_pages, ..fake_config(num_pages as u32, page_size as u32) };
     let model = FakeModel::new(fake);
     let (copies_pages, flaky) = (!random.one_in(3), Random::new(random.next()));
     let mut engine = Engine::new(Box::new(FlakyModel { seen, model, copies_pages, random: flaky }), config);
@@ -201,7 +206,7 @@ fn what_is_given_up_changes_no_other_answer() {
 #[test]
 fn answers_depend_on_the_prompt_only() {
     let seen = Arc::new(Seen::default());
-    let (mut preemptions, mut reused_tokens, mut stops) = (0, 0, 0);
+    let (mut preemptions, mut swapped_in_pages, mut reused_tokens, mut stops) = (0, 0, 0, 0);
     for seed in 0..150 {
         let mut random = Random::new(seed);
         let requests = workload(&mut random);
@@ -220,12 +225,16 @@ fn answers_depend_on_the_prompt_only() {
             }
             check_stats_at_the_end(&engine, &finished);
             preemptions += engine.stats().preemptions;
+            swapped_in_pages += engine.stats().swapped_in_pages;
             reused_tokens += engine.stats().reused_tokens;
             stops += finished.iter().filter(|one| one.reason == FinishReason::Stop).count();
         }
     }
-    println!("{preemptions} preemptions, {reused_tokens} tokens reused, {stops} stops");
+    println!(
+        "{preemptions} preemptions, {swapped_in_pages} pages swapped in, {reused_tokens} tokens reused, {stops} stops"
+    );
     assert!(preemptions > 100, "too few preemptions to show anything");
+    assert!(swapped_in_pages > 100, "too few swaps to show anything");
     assert!(reused_tokens > 1000, "too little reuse to show anything");
     assert!(seen.num_copies.load(Ordering::Relaxed) > 1000, "too few copies to show anything");
     assert!(seen.num_ahead.load(Ordering::Relaxed) > 1000, "too few steps behind others to show anything");

@@ -249,6 +249,25 @@ fn preempted_sequences_are_recomputed() {
 }
 
 #[test]
+fn preempted_sequences_come_back_from_the_host() {
+    for (enable_prefix_cache, num_host_pages) in [(false, 100), (true, 100), (true, 1)] {
+        let config = EngineConfig { max_num_seqs: 3, max_num_batched_tokens: 8, enable_prefix_cache };
+        let fake = FakeConfig { num_host_pages, ..fake_config(8, 2) };
+        let mut engine = Engine::new(Box::new(FakeModel::new(fake)), config);
+        learn_short(&mut engine.scheduler);
+        let requests = [5, 9, 11].map(|id| request(id, &[id as u32, 2], 12));
+        requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
+        check_answers(&run(&mut engine), &requests);
+        let stats = engine.stats();
+        assert!(stats.preemptions > 0, "{stats:?}");
+        let num_recomputed = stats.recomputed_tokens + stats.recomputed_output_tokens;
+        assert_eq!(num_recomputed == 0, num_host_pages == 100, "{stats:?}");
+        assert_eq!(stats.swapped_in_pages > 0, num_host_pages == 100, "{stats:?}");
+        assert!(stats.swapped_out_pages >= stats.swapped_in_pages, "{stats:?}");
+    }
+}
+
+#[test]
 fn a_prompt_of_high_priority_does_not_wait_for_a_thousand_of_low() {
     let mut engine = Engine::new(
         Box::new(fake_model(40, 4)),

@@ -2,7 +2,8 @@
 //!
 //! A prompt takes over the longest cached prefix: whole pages by reference, and the beginning of one more page by
 //! copy, from the prefix cache or from the page that a running sequence is filling. If a running sequence will soon
-//! have computed clearly more of it, the prompt waits for that instead of computing it twice.
+//! have computed clearly more of it, the prompt waits for that instead of computing it twice. What was swapped out when
+//! it was preempted comes back before anything is copied or awaited.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ pub(super) enum Admission {
     Admitted(usize),
     /// A running sequence computes what it needs.
     AwaitsSibling,
+    /// It is being swapped out.
+    IsLeaving,
     OutOfPages,
 }
 
@@ -35,12 +38,17 @@ struct Reuse {
     copy: Option<CopySource>,
     /// A running sequence is about to have clearly more.
     more_is_coming: bool,
+    /// Host pages have more of it.
+    is_in_host: bool,
 }
 
 impl Scheduler {
     /// Moves a waiting sequence to the running ones, with pages for all its tokens.
     pub(super) fn admit(&mut self, index: usize) -> Admission {
         let sequence = &self.waiting[index];
+        if sequence.swapped.as_ref().is_some_and(|swapped| swapped.is_leaving) {
+            return Admission::IsLeaving;
+        }
         let mut reuse = self.reuse(sequence);
         if reuse.more_is_coming {
             return Admission::AwaitsSibling;
@@ -82,17 +90,21 @@ impl Scheduler {
             sequence.copied_end = end;
         }
         sequence.copy = reuse.copy;
-        let num_reused = sequence.num_prompt_tokens(sequence.seen_len, end);
-        sequence.num_reused += num_reused as u32;
-        self.count(sequence.owner, |counters| counters.reused_tokens += num_reused as u64);
         sequence.num_shared_pages = num_pages;
-        sequence.computed_len = end;
-        sequence.seen_len = sequence.seen_len.max(end);
         sequence.pages.extend_from_slice(&reuse.path);
         for _ in 0..num_new {
             let page = self.take_page().expect("as many pages are available");
             sequence.pages.push(page);
         }
+        if reuse.is_in_host {
+            end = self.swap_in(&mut sequence);
+        }
+        self.drop_swapped(&mut sequence);
+        let num_reused = sequence.num_prompt_tokens(sequence.seen_len, end);
+        sequence.num_reused += num_reused as u32;
+        self.count(sequence.owner, |counters| counters.reused_tokens += num_reused as u64);
+        sequence.computed_len = end;
+        sequence.seen_len = sequence.seen_len.max(end);
         sequence.max_pages = (sequence.prompt_len + sequence.max_tokens).div_ceil(self.page_size);
         let index = self.running.partition_point(|other| other.priority <= sequence.priority);
         self.running.insert(index, sequence);
@@ -101,7 +113,8 @@ impl Scheduler {
 
     fn reuse(&self, sequence: &Sequence) -> Reuse {
         if !self.config.enable_prefix_cache {
-            return Reuse { path: Vec::new(), copy: None, more_is_coming: false };
+            let is_in_host = self.is_in_host(sequence, &[], 0);
+            return Reuse { path: Vec::new(), copy: None, more_is_coming: false, is_in_host };
         }
         // The last token is always computed: its logits choose the next one.
         let token_ids = &sequence.token_ids[..sequence.known_len() - 1];
@@ -121,12 +134,14 @@ impl Scheduler {
                 continue;
             }
             let shared_len = common_len(&sibling.token_ids[first.min(sibling.known_len())..], rest);
-            if sibling.computed_len < first + shared_len {
+            // What it swaps in is shared when it is there.
+            if sibling.computed_len < first + shared_len || !sibling.swap_ins.is_empty() {
                 coming_len = coming_len.max(shared_len);
             }
             // Computed tokens of the page that it fills; those that it copies are in the source.
             let filled_len = sibling.computed_len.saturating_sub(first).min(shared_len);
-            let is_filling = sibling.num_shared_pages == num_pages && sibling.copy.is_none();
+            let is_complete = sibling.copy.is_none() && sibling.swap_ins.is_empty();
+            let is_filling = sibling.num_shared_pages == num_pages && is_complete;
             if is_filling && filled_len > copy.map_or(0, |copy| copy.len) {
                 copy = Some(CopySource { page: sibling.pages[num_pages], len: filled_len, is_cached: false });
             }
@@ -135,9 +150,13 @@ impl Scheduler {
             copy = None;
             coming_len -= coming_len % self.page_size;
         }
+        let copied_len = copy.map_or(0, |copy| copy.len);
+        if self.is_in_host(sequence, &path, copied_len) {
+            return Reuse { path, copy: None, more_is_coming: false, is_in_host: true };
+        }
         // Without copies a page is waited for as soon as it comes whole.
-        let more_is_coming = coming_len >= copy.map_or(0, |copy| copy.len) + MIN_AWAITED.min(self.page_size);
-        Reuse { path, copy, more_is_coming }
+        let more_is_coming = coming_len >= copied_len + MIN_AWAITED.min(self.page_size);
+        Reuse { path, copy, more_is_coming, is_in_host: false }
     }
 
     /// Whether a waiting sequence would find room if all of lower priority gave way.

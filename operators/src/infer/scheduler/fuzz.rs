@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use tidemill_kernels::step::SamplingParams;
+use tidemill_kernels::step::{HostPageId, SamplingParams};
 
 use super::super::page_pool::fuzz::Random;
 use super::super::sequence::{SequenceId, SequenceRequest};
@@ -25,6 +25,8 @@ struct Case {
     sampled: Vec<Option<u32>>,
     /// `[num_pages * page_size]`: the prefix that ends in this slot.
     slots: Vec<u64>,
+    /// `[num_host_pages * page_size]`
+    host_slots: Vec<u64>,
     submitted: Vec<SequenceRequest>,
     /// Ids in the order of their first step.
     served: Vec<u64>,
@@ -51,7 +53,9 @@ impl Case {
         let copies_pages = random.one_in(2);
         let max_started = random.between(1, MAX_PLANNED);
         println!("{config:?}, {num_pages} pages of {page_size}, {max_started} steps at once");
-        let mut scheduler = Scheduler::new(config, num_pages as u32, page_size as u32, copies_pages);
+        let num_host_pages = *random.pick(&[0, 1, 4, 40]);
+        let mut scheduler = Scheduler::new(config, num_pages as u32, page_size as u32, copies_pages)
+            .with_host_pages(num_host_pages as u32);
         if !random.one_in(4) {
             learn_short(&mut scheduler);
         }
@@ -64,6 +68,7 @@ impl Case {
             sampled: Vec::new(),
             scheduler,
             slots: vec![0; num_pages * page_size],
+            host_slots: vec![0; num_host_pages * page_size],
             submitted: Vec::new(),
             served: Vec::new(),
             finished: BTreeSet::new(),
@@ -136,6 +141,7 @@ impl Case {
                 self.resolve(&mut batch);
                 self.spoil(&batch);
             }
+            self.scheduler.fail();
             return;
         }
         let output = StepOutput { token_ids: self.sampled.clone() };
@@ -164,6 +170,10 @@ impl Case {
             before.copies.iter().flat_map(|copy| beginning(copy.from, copy.len)).collect();
         let mut written: BTreeSet<usize> =
             batch.copies.iter().flat_map(|copy| beginning(copy.to, copy.len)).collect();
+        for swap in &batch.swaps {
+            let PageSwap::In { page, .. } = *swap else { panic!("swapped out behind a step that runs") };
+            written.extend(beginning(page, page_size as u32));
+        }
         for seq in 0..before.num_seqs() {
             let last = before.positions[before.rows(seq).end - 1] as usize;
             read.extend((0..=last).map(|position| self.slot(before.pages(seq), position)));
@@ -213,8 +223,17 @@ impl Case {
         pages[position / page_size].0 as usize * page_size + position % page_size
     }
 
-    fn copy(&mut self, batch: &StepBatch) {
+    fn swap_and_copy(&mut self, batch: &StepBatch) {
         let page_size = self.scheduler.page_size;
+        for swap in &batch.swaps {
+            let (PageSwap::Out { page, host } | PageSwap::In { host, page }) = *swap;
+            let in_cache = &mut self.slots[page.0 as usize * page_size..][..page_size];
+            let in_host = &mut self.host_slots[host.0 as usize * page_size..][..page_size];
+            match swap {
+                PageSwap::Out { .. } => in_host.copy_from_slice(in_cache),
+                PageSwap::In { .. } => in_cache.copy_from_slice(in_host),
+            }
+        }
         for copy in &batch.copies {
             let from = copy.from.0 as usize * page_size;
             self.slots.copy_within(from..from + copy.len as usize, copy.to.0 as usize * page_size);
@@ -223,7 +242,7 @@ impl Case {
 
     /// Runs a step behind one that has failed.
     fn spoil(&mut self, batch: &StepBatch) {
-        self.copy(batch);
+        self.swap_and_copy(batch);
         for seq in 0..batch.num_seqs() {
             for row in batch.rows(seq) {
                 let slot = self.slot(batch.pages(seq), batch.positions[row] as usize);
@@ -234,7 +253,7 @@ impl Case {
 
     /// Runs the oldest planned step.
     fn write(&mut self, batch: &StepBatch) {
-        self.copy(batch);
+        self.swap_and_copy(batch);
         let mut written = BTreeSet::new();
         let in_step = self.scheduler.running.iter().filter(|sequence| sequence.chunk_lens[0] > 0);
         for (seq, sequence) in in_step.enumerate() {
@@ -279,9 +298,19 @@ impl Case {
                 assert_eq!(self.scheduler.pool.holder(page), PageHolder::Sequence);
             }
         }
+        let mut hosts: Vec<_> = self.scheduler.host.free.clone();
+        for sequence in &self.scheduler.running {
+            assert!(sequence.swapped.is_none(), "it runs and is swapped out");
+            assert!(sequence.swap_ins.is_empty() || sequence.chunk_lens[0] > 0, "a swap outlives its step");
+            hosts.extend(sequence.swap_ins.iter().map(|swap| swap.0));
+        }
         for sequence in &self.scheduler.waiting {
+            hosts.extend(sequence.swapped.iter().flat_map(|swapped| swapped.pages.iter().copied()));
             assert!(sequence.pages.is_empty() && sequence.computed_len == 0);
         }
+        hosts.sort_unstable();
+        let num_host_pages = self.host_slots.len() / self.scheduler.page_size;
+        assert!(hosts.into_iter().eq((0..num_host_pages as u32).map(HostPageId)), "host pages are lost");
         let scheduler = &self.scheduler;
         scheduler.cache.check(&scheduler.pool, &num_users);
         let num_held = own.len() + scheduler.replaced_pages.len() + scheduler.cache.num_pages();
@@ -345,9 +374,13 @@ fn every_sequence_reads_its_own_prefix_and_finishes() {
         total.preemptions += counters.preemptions;
         total.reused_tokens += counters.reused_tokens;
         total.recomputed_tokens += counters.recomputed_tokens;
+        total.swapped_out_pages += counters.swapped_out_pages;
+        total.swapped_in_pages += counters.swapped_in_pages;
     }
     println!("{total:?}");
     assert!(total.preemptions > 100, "too few preemptions to show anything");
     assert!(total.aborted > 100 && num_aborted_in_step > 20, "too few are given up to show anything");
+    assert!(total.swapped_in_pages > 100, "too few swaps to show anything");
+    assert!(total.recomputed_tokens > 100, "too few are computed again to show anything");
     assert!(total.reused_tokens > 1000, "too little reuse to show anything");
 }

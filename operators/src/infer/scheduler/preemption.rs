@@ -1,7 +1,7 @@
 //! Who gives way when pages or places are short, and what becomes of it.
 //!
-//! Invariant: only between commit and plan, when no step is planned, does a sequence lose its pages here; so none is
-//! taken that a step may be reading or writing.
+//! Invariant: a sequence is preempted only while no step is planned but the one in the making; so no page is taken that a
+//! step may be reading or writing.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -78,6 +78,7 @@ impl Scheduler {
         assert_eq!(self.num_planned, 0, "preempted while it may be computed");
         let mut sequence = self.running.remove(index);
         let planned_len = std::mem::take(&mut sequence.chunk_lens[0]);
+        self.swap_out(&mut sequence);
         self.release(&mut sequence);
         self.count(sequence.owner, |counters| counters.preemptions += 1);
         self.wait(sequence);
