@@ -19,7 +19,8 @@ fn main() {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(2).debug(false).warnings(false);
     build.flag("-xc++").flag("-fno-strict-aliasing").include(".").include(kernels);
-    if std::env::var_os("TIDEMILL_EMULATION_ASAN").is_some() {
+    let sanitized = std::env::var_os("TIDEMILL_EMULATION_ASAN").is_some();
+    if sanitized {
         build.flag("-fsanitize=address").flag("-g");
     }
     build.file("emu.cpp").files(sources).cargo_metadata(false).compile("cuda_emulation");
@@ -28,4 +29,7 @@ fn main() {
     // Kernels are found by name, so the linker must not drop the objects that nothing refers to.
     println!("cargo:rustc-link-lib=static:+whole-archive=cuda_emulation");
     println!("cargo:rustc-link-lib=stdc++");
+    if sanitized {
+        println!("cargo:rustc-link-lib=asan");
+    }
 }
