@@ -2,9 +2,15 @@
 //!
 //! One file an op, under the name of its kernel. The structs of parameters are the kernels' own, field by field.
 
+mod log_probs;
+mod penalties;
 mod rms_norm;
+mod sample;
 
+pub(crate) use self::log_probs::{LogProbs, TopLogProbs, log_probs};
+pub(crate) use self::penalties::{Penalties, RowPenalties, penalties};
 pub(crate) use self::rms_norm::{NormOut, RmsNorm, rms_norm};
+pub(crate) use self::sample::{AllowedTokens, RowSampling, Sample, sample, sample_error};
 
 use super::device::{Device, DeviceError, Kernel};
 
