@@ -2,7 +2,8 @@
 //!
 //! Invariant: the choice is a function of the logits, the parameters and the position alone. The random number of a
 //! draw is computed from `(seed, position)`, there is no generator with a state, so neither the batch nor a restart
-//! can change a draw. Penalties and grammars are deliberately absent.
+//! can change a draw. What a grammar allows and how often a token was used comes in as a list: neither is found out here.
+//! The kernels of GPUs (`cuda/sample.cu`, `cuda/penalties.cu`) give what these functions give.
 
 use std::cell::RefCell;
 
@@ -15,10 +16,48 @@ pub enum SampleError {
     NotFinite { token_id: u32 },
     #[error("there are no logits to sample from")]
     Empty,
+    #[error("no token is left to sample from")]
+    NoCandidate,
     #[error("the temperature is not a number of at least zero")]
     Temperature,
     #[error("top_p is not above zero and at most one")]
     TopP,
+    #[error("min_p is not between zero and one")]
+    MinP,
+}
+
+/// What changes the choice besides [`SamplingParams`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingExtras {
+    /// Tokens less likely than the most likely one times this are no candidates; 0 keeps all.
+    pub min_p: f32,
+    /// Divides positive logits, and multiplies others, of tokens in the prompt or the answer; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Taken from the logits of tokens in the answer.
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens in the answer, once for each time.
+    pub frequency_penalty: f32,
+}
+
+impl SamplingExtras {
+    /// Changes nothing.
+    pub const NEUTRAL: Self =
+        Self { min_p: 0.0, repetition_penalty: 1.0, presence_penalty: 0.0, frequency_penalty: 0.0 };
+}
+
+impl Default for SamplingExtras {
+    fn default() -> Self {
+        Self::NEUTRAL
+    }
+}
+
+/// A token that is in the prompt or the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct TokenUse {
+    pub token_id: u32,
+    /// 0 where it is in the prompt alone.
+    pub num_in_answer: u32,
 }
 
 /// Logits looked at as one: a block without a candidate costs a comparison.
@@ -40,21 +79,80 @@ struct Candidates {
     weights: Vec<f64>,
 }
 
+/// How a token is chosen, checked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Choice {
+    Greedy,
+    /// Draws among the tokens whose logit is at most `margin` below the highest one.
+    Draw {
+        margin: f32,
+    },
+}
+
+impl Choice {
+    pub(crate) fn of(params: &SamplingParams, min_p: f32) -> Result<Self, SampleError> {
+        if !(params.temperature >= 0.0 && params.temperature.is_finite()) {
+            return Err(SampleError::Temperature);
+        }
+        if params.temperature == 0.0 || params.top_k == 1 {
+            return Ok(Self::Greedy);
+        }
+        if !(params.top_p > 0.0 && params.top_p <= 1.0) {
+            return Err(SampleError::TopP);
+        }
+        if !(0.0..=1.0).contains(&min_p) {
+            return Err(SampleError::MinP);
+        }
+        // The share of the highest logit is one, so `min_p` is a distance from it.
+        let log_ratio = (-min_p.ln()).clamp(0.0, MAX_LOG_RATIO);
+        Ok(Self::Draw { margin: log_ratio * params.temperature })
+    }
+}
+
+/// Takes the logits of tokens that were used before down, each token of the list once; none is in it twice.
+pub fn penalize(logits: &mut [f32], extras: &SamplingExtras, uses: &[TokenUse]) {
+    for token in uses {
+        let logit = &mut logits[token.token_id as usize];
+        let repeated = if *logit > 0.0 {
+            *logit / extras.repetition_penalty
+        } else {
+            *logit * extras.repetition_penalty
+        };
+        let times = token.num_in_answer as f32;
+        let present = if token.num_in_answer > 0 { extras.presence_penalty } else { 0.0 };
+        *logit = (-extras.frequency_penalty).mul_add(times, repeated) - present;
+    }
+}
+
+/// Leaves only tokens whose bit is set: token `i` has bit `i % 32` of word `i / 32`.
+pub fn allow(logits: &mut [f32], allowed: &[u32]) {
+    for (logits, word) in logits.chunks_mut(32).zip(allowed) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
 /// Chooses the token at `position`, walking the vocabulary once.
 pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Result<u32, SampleError> {
-    if params.temperature.is_nan() || params.temperature < 0.0 {
-        return Err(SampleError::Temperature);
-    }
-    if params.temperature == 0.0 || params.top_k == 1 {
-        return Ok(walk(logits, 0.0, |_| {})?.id);
-    }
-    if !(params.top_p > 0.0 && params.top_p <= 1.0) {
-        return Err(SampleError::TopP);
-    }
+    sample_above(logits, params, 0.0, position)
+}
+
+/// As [`sample`], among the tokens that are as likely as the most likely one times `min_p`.
+pub fn sample_above(
+    logits: &[f32],
+    params: &SamplingParams,
+    min_p: f32,
+    position: u32,
+) -> Result<u32, SampleError> {
+    let Choice::Draw { margin } = Choice::of(params, min_p)? else {
+        return Ok(walk(logits, None, |_| {})?.id);
+    };
     CANDIDATES.with_borrow_mut(|Candidates { list, weights }| {
         list.clear();
-        let margin = MAX_LOG_RATIO * params.temperature;
-        let best = walk(logits, margin, |candidate| list.push(candidate))?;
+        let best = walk(logits, Some(margin), |candidate| list.push(candidate))?;
         // The best one was found after some of the list.
         list.retain(|candidate| candidate.logit >= best.logit - margin);
         let top_k = params.top_k as usize;
@@ -73,7 +171,11 @@ pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Result<
 
 /// Finds the highest logit, the lowest id on ties, and shows every logit that is within `margin` of the highest one
 /// so far. Negative infinity is a legal logit, but not for every token.
-fn walk(logits: &[f32], margin: f32, mut show: impl FnMut(Candidate)) -> Result<Candidate, SampleError> {
+fn walk(
+    logits: &[f32],
+    margin: Option<f32>,
+    mut show: impl FnMut(Candidate),
+) -> Result<Candidate, SampleError> {
     let mut best: Option<Candidate> = None;
     for (block, values) in (0u32..).zip(logits.chunks(BLOCK_LEN)) {
         // Written without early exits, so that it becomes vector instructions.
@@ -90,14 +192,13 @@ fn walk(logits: &[f32], margin: f32, mut show: impl FnMut(Candidate)) -> Result<
         if max > best.map_or(f32::NEG_INFINITY, |best| best.logit) {
             best = with_id().find(|candidate| candidate.logit == max);
         }
-        if let Some(best) = best
-            && margin > 0.0
+        if let (Some(best), Some(margin)) = (best, margin)
             && max >= best.logit - margin
         {
             with_id().filter(|candidate| candidate.logit >= best.logit - margin).for_each(&mut show);
         }
     }
-    best.ok_or(if logits.is_empty() { SampleError::Empty } else { SampleError::NotFinite { token_id: 0 } })
+    best.ok_or(if logits.is_empty() { SampleError::Empty } else { SampleError::NoCandidate })
 }
 
 /// Cuts the weights where their share reaches `top_p`, then finds the weight that `uniform` falls on.

@@ -76,8 +76,68 @@ fn what_cannot_be_sampled_is_an_error() {
         );
     }
     assert_eq!(sample(&[], &SamplingParams::GREEDY, 0), Err(SampleError::Empty));
-    assert!(sample(&[f32::NEG_INFINITY; 2], &SamplingParams::GREEDY, 0).is_err());
+    let none = [f32::NEG_INFINITY; 2];
+    assert_eq!(sample(&none, &SamplingParams::GREEDY, 0), Err(SampleError::NoCandidate));
+    assert_eq!(sample(&none, &params(1.0, 0, 1.0, 0), 0), Err(SampleError::NoCandidate));
     assert_eq!(sample(&[0.0], &params(f32::NAN, 0, 1.0, 0), 0), Err(SampleError::Temperature));
+    assert_eq!(sample(&[0.0], &params(f32::INFINITY, 0, 1.0, 0), 0), Err(SampleError::Temperature));
     assert_eq!(sample(&[0.0], &params(-1.0, 0, 1.0, 0), 0), Err(SampleError::Temperature));
     assert_eq!(sample(&[0.0], &params(1.0, 0, 0.0, 0), 0), Err(SampleError::TopP));
+    for min_p in [-0.1, 1.1, f32::NAN] {
+        assert_eq!(sample_above(&[0.0], &params(1.0, 0, 1.0, 0), min_p, 0), Err(SampleError::MinP));
+    }
+}
+
+#[test]
+fn min_p_cuts_by_the_share_of_the_best() {
+    let logits = [0.1f32.ln(), 0.2f32.ln(), 0.3f32.ln(), 0.4f32.ln()];
+    let drawn = |temperature, min_p| {
+        let mut drawn = [false; 4];
+        for position in 0..2000 {
+            let id = sample_above(&logits, &params(temperature, 0, 1.0, 3), min_p, position).unwrap();
+            drawn[id as usize] = true;
+        }
+        drawn
+    };
+    assert_eq!(drawn(1.0, 0.0), [true; 4]);
+    assert_eq!(drawn(1.0, 0.3), [false, true, true, true]);
+    assert_eq!(drawn(1.0, 0.7), [false, false, true, true]);
+    // Shares of the best are 1/16, 1/4, 9/16 and 1 at half the temperature.
+    assert_eq!(drawn(0.5, 0.3), [false, false, true, true]);
+    assert_eq!(drawn(1.0, 1.0), [false, false, false, true]);
+    let ties = [2.0, 1.0, 2.0];
+    let tied: Vec<u32> =
+        (0..100).map(|i| sample_above(&ties, &params(1.0, 0, 1.0, 1), 1.0, i).unwrap()).collect();
+    assert!(tied.contains(&0) && tied.contains(&2) && !tied.contains(&1));
+}
+
+#[test]
+fn tokens_that_were_used_are_taken_down() {
+    let extras = SamplingExtras {
+        repetition_penalty: 2.0,
+        presence_penalty: 0.5,
+        frequency_penalty: 0.25,
+        ..SamplingExtras::NEUTRAL
+    };
+    let of = |token_id, num_in_answer| TokenUse { token_id, num_in_answer };
+    let mut logits = [4.0, -4.0, 4.0, -4.0, 4.0, f32::NEG_INFINITY];
+    let before = logits;
+    let uses = [of(0, 0), of(1, 0), of(2, 1), of(3, 3), of(5, 2)];
+    penalize(&mut logits, &extras, &uses);
+    assert_eq!(logits, [2.0, -8.0, 1.25, -9.25, 4.0, f32::NEG_INFINITY]);
+    logits = before;
+    penalize(&mut logits, &SamplingExtras::default(), &uses);
+    assert_eq!(logits, before);
+}
+
+#[test]
+fn only_allowed_tokens_are_left() {
+    let mut logits = vec![1.0; 70];
+    allow(&mut logits, &[1 << 31, 0, 1 << 5 | 1 << 6]);
+    let left: Vec<usize> = (0..70).filter(|&id| logits[id] == 1.0).collect();
+    assert_eq!(left, [31, 69]);
+    let greedy = sample(&logits, &SamplingParams::GREEDY, 0);
+    assert_eq!(greedy, Ok(31));
+    allow(&mut logits, &[0; 3]);
+    assert_eq!(sample(&logits, &SamplingParams::GREEDY, 0), Err(SampleError::NoCandidate));
 }

@@ -1,0 +1,69 @@
+//! Penalties have the bits of the CPU's, and touch only what was used.
+
+use super::*;
+use crate::gpu::ops::{Penalties, RowPenalties, penalties};
+use crate::sample::{SamplingExtras, TokenUse, penalize};
+
+#[test]
+fn takes_down_what_was_used() {
+    let vocab_size = 1003;
+    let rows_of = [3u32, 0, 2];
+    let logits: Vec<f32> = random(1, 4 * vocab_size).into_iter().map(|x| 10.0 * x).collect();
+    let of = |repetition_penalty, presence_penalty, frequency_penalty| SamplingExtras {
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        ..SamplingExtras::NEUTRAL
+    };
+    let extras = [of(1.3, 0.7, 0.11), SamplingExtras::NEUTRAL, of(0.8, -0.2, 1.9)];
+    let uses: [Vec<TokenUse>; 3] = [
+        (0..700).map(|i| TokenUse { token_id: i * 13 % 1003, num_in_answer: i % 4 }).collect(),
+        vec![TokenUse { token_id: 5, num_in_answer: 3 }],
+        vec![
+            TokenUse { token_id: 1002, num_in_answer: 1 },
+            TokenUse { token_id: 0, num_in_answer: 0 },
+            TokenUse { token_id: 77, num_in_answer: 1_000_000 },
+        ],
+    ];
+    let mut expected = logits.clone();
+    let mut indptr = vec![0u32];
+    for ((row, extras), uses) in rows_of.iter().zip(&extras).zip(&uses) {
+        penalize(&mut expected[*row as usize * vocab_size..][..vocab_size], extras, uses);
+        indptr.push(indptr.last().unwrap() + uses.len() as u32);
+    }
+    assert_ne!(expected, logits);
+    for device in devices() {
+        let logits = put(&device, &logits);
+        let args = Penalties {
+            num_rows: 3,
+            vocab_size,
+            logits: &logits,
+            rows_of: Some(&put(&device, &rows_of)),
+            penalties: &put(&device, &extras.map(|extras| RowPenalties::from(&extras))),
+            indptr: &put(&device, &indptr),
+            uses: &put(&device, &uses.concat()),
+        };
+        penalties(&*device, &args).unwrap();
+        assert_eq!(logits.read().unwrap(), expected);
+    }
+}
+
+#[test]
+fn ids_beyond_the_vocabulary_are_passed_over() {
+    let extras = SamplingExtras { presence_penalty: 1.0, ..SamplingExtras::NEUTRAL };
+    let uses = [3u32, 1, u32::MAX].map(|token_id| TokenUse { token_id, num_in_answer: 1 });
+    for device in devices() {
+        let logits = put(&device, &[4.0f32; 6]);
+        let args = Penalties {
+            num_rows: 1,
+            vocab_size: 3,
+            logits: &logits,
+            rows_of: None,
+            penalties: &put(&device, &[RowPenalties::from(&extras)]),
+            indptr: &put(&device, &[0u32, 3]),
+            uses: &put(&device, &uses),
+        };
+        penalties(&*device, &args).unwrap();
+        assert_eq!(logits.read().unwrap(), [4.0, 3.0, 4.0, 4.0, 4.0, 4.0]);
+    }
+}
