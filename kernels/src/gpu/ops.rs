@@ -2,8 +2,10 @@
 //!
 //! One file an op, under the name of its kernel. The structs of parameters are the kernels' own, field by field.
 
+mod attention;
 mod rms_norm;
 
+pub(crate) use self::attention::{AttentionArgs, AttentionParts, PagedKv, attention};
 pub(crate) use self::rms_norm::{NormOut, RmsNorm, rms_norm};
 
 use super::device::{Device, DeviceError, Kernel};
