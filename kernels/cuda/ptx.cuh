@@ -96,3 +96,54 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
   }
 #endif
 }
+
+// 2^x to about two units in the last place; small results are flushed to zero.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+// A product that no sum is drawn into.
+__device__ __forceinline__ float product(float x, float y) {
+#ifdef __CUDACC__
+  float z;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  return x * y;
+#endif
+}
+// 1 / x to about one unit in the last place, and 1 for 1.
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return x == 1 ? 1 : y;
+#else
+  return 1 / x;
+#endif
+}
+// Four e4m3 numbers as bf16, exactly. A NaN becomes 480; the emulation keeps it, so that tests see it.
+__device__ __forceinline__ uint2 widen_e4m3(uint32_t four) {
+#ifdef __CUDACC__
+  // Exponent and mantissa stand in the place of a bf16's; the product moves the bias, also of subnormal
+  // numbers.
+  uint2 pairs;
+  asm("{\n.reg .b32 a, b, s, t;\n"
+      "prmt.b32 a, %2, 0, 0x1404;\nprmt.b32 b, %2, 0, 0x3424;\n"
+      "and.b32 s, a, 0x80008000;\nand.b32 t, b, 0x80008000;\n"
+      "shr.u32 a, a, 4;\nshr.u32 b, b, 4;\n"
+      "lop3.b32 a, a, 0x07f007f0, s, 0xea;\nlop3.b32 b, b, 0x07f007f0, t, 0xea;\n"
+      "fma.rn.bf16x2 %0, a, %3, %4;\nfma.rn.bf16x2 %1, b, %3, %4;\n}"
+      : "=r"(pairs.x), "=r"(pairs.y)
+      : "r"(four), "r"(0x7b807b80), "r"(0x80008000));
+  return pairs;
+#else
+  auto number = [&](int i) { return to_float(e4m3{(uint8_t)(four >> 8 * i)}); };
+  return {pack_bf16(number(0), number(1)), pack_bf16(number(2), number(3))};
+#endif
+}

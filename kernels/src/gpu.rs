@@ -8,6 +8,7 @@ mod device;
 mod e4m3;
 mod memory;
 mod ops;
+mod plan;
 mod weights;
 
 #[cfg(test)]

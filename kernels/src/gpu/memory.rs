@@ -115,6 +115,11 @@ impl<'a, T: Plain> DeviceSlice<'a, T> {
         Self { address: Address(self.address.0 + (first * size_of::<T>()) as u64), len, array: PhantomData }
     }
 
+    /// Where element `index` lies.
+    pub(crate) fn at(&self, index: usize) -> Address {
+        self.part(index, 0).address
+    }
+
     pub(crate) fn address(&self) -> Address {
         self.address
     }

@@ -2,6 +2,7 @@
 //!
 //! One file an op, under the name of its kernel. The structs of parameters are the kernels' own, field by field.
 
+mod attention;
 mod copy_kv;
 mod embed;
 mod gated;
@@ -17,6 +18,7 @@ mod store_kv;
 
 use half::bf16;
 
+pub(crate) use self::attention::{AttentionArgs, AttentionParts, PagedKv, attention};
 pub(crate) use self::copy_kv::{CopyKv, copy_kv};
 pub(crate) use self::embed::{Embed, embed};
 pub(crate) use self::gated::{Gated, gated};

@@ -3,7 +3,9 @@
 //! Fresh memory is NaN and comparisons let NaN stick, so a number that a kernel reads unwritten, or leaves unwritten,
 //! fails. `mistakes` plants faults and sees that these tests would find them.
 
+mod attention;
 mod log_probs;
+mod mistakes;
 mod penalties;
 mod rms_norm;
 mod rows;
@@ -23,8 +25,11 @@ const BF16_TOLERANCE: f32 = 1.0 / 128.0;
 /// One step of e4m3's mantissa.
 const E4M3_TOLERANCE: f32 = 1.0 / 15.0;
 
-/// Devices for all orders.
+/// Devices for all orders; one with a mistake in a process that is to find it.
 fn devices() -> Vec<Arc<dyn Device>> {
+    if let Some(device) = mistakes::planted() {
+        return vec![device];
+    }
     tidemill_cuda_emulation::ORDERS.iter().map(|&order| EmulatedDevice::new(order).shared()).collect()
 }
 
