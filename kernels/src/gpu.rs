@@ -7,6 +7,7 @@
 mod device;
 mod e4m3;
 mod memory;
+mod model;
 mod ops;
 mod plan;
 mod weights;

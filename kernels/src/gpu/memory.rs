@@ -109,15 +109,15 @@ impl<'a, T: Plain> DeviceSlice<'a, T> {
         Self { address: array.at(first), len, array: PhantomData }
     }
 
+    /// Where element `index` lies.
+    pub(crate) fn at(&self, index: usize) -> Address {
+        self.part(index, 0).address
+    }
+
     /// `len` elements from `first` on.
     pub(crate) fn part(&self, first: usize, len: usize) -> Self {
         assert!(first + len <= self.len, "{len} elements from {first} on, of {}", self.len);
         Self { address: Address(self.address.0 + (first * size_of::<T>()) as u64), len, array: PhantomData }
-    }
-
-    /// Where element `index` lies.
-    pub(crate) fn at(&self, index: usize) -> Address {
-        self.part(index, 0).address
     }
 
     pub(crate) fn address(&self) -> Address {
@@ -153,6 +153,17 @@ impl<T: Plain> PinnedVec<T> {
     pub(crate) fn new(device: &Arc<dyn Device>, len: usize) -> Result<Self, DeviceError> {
         let pointer = device.alloc_pinned((len * size_of::<T>()).max(1))?.cast();
         Ok(Self { device: Arc::clone(device), pointer, len })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Of element `first`, from which on there are `len`: for copies, whose order is that of the queue.
+    pub(crate) fn pointer(&self, first: usize, len: usize) -> *mut T {
+        assert!(first + len <= self.len, "{len} elements from {first} on, of {}", self.len);
+        // SAFETY: the range was checked.
+        unsafe { self.pointer.add(first) }
     }
 
     pub(crate) fn as_slice(&self) -> &[T] {

@@ -6,6 +6,7 @@
 mod attention;
 mod log_probs;
 mod mistakes;
+mod model;
 mod penalties;
 mod rms_norm;
 mod rows;

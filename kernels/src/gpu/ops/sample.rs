@@ -5,7 +5,7 @@
 
 use super::launch;
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
-use crate::gpu::memory::{DeviceVec, Plain};
+use crate::gpu::memory::{DeviceSlice, DeviceVec, Plain};
 use crate::sample::{Choice, SampleError};
 use crate::step::SamplingParams;
 
@@ -65,12 +65,12 @@ pub(crate) struct Sample<'a> {
     /// `[num_rows]`: which rows of `logits`; the first ones if absent.
     pub(crate) rows_of: Option<&'a DeviceVec<u32>>,
     /// `[num_rows]`
-    pub(crate) sampling: &'a DeviceVec<RowSampling>,
+    pub(crate) sampling: DeviceSlice<'a, RowSampling>,
     pub(crate) allowed: Option<AllowedTokens<'a>>,
     /// `[num_rows]`, written: 0 where there is an error.
-    pub(crate) token_ids: &'a DeviceVec<u32>,
+    pub(crate) token_ids: DeviceSlice<'a, u32>,
     /// `[num_rows]`, written; see [`sample_error`].
-    pub(crate) errors: &'a DeviceVec<u32>,
+    pub(crate) errors: DeviceSlice<'a, u32>,
 }
 
 #[derive(Clone, Copy)]

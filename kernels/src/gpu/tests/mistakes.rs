@@ -15,8 +15,9 @@ use crate::gpu::emulated::EmulatedDevice;
 const MISTAKE: &str = "TIDEMILL_PLANTED_MISTAKE";
 
 /// Sources, and the tests (by how their names begin) of which one must fail when there is a mistake in them.
-const FOUND_BY: [(&[&str], &str); 2] = [
-    (&["rms_norm.cu"], "rms_norm::"),
+const FOUND_BY: [(&[&str], &str); 3] = [
+    (&["rows.cuh"], "rows::"),
+    (&["row_search.cuh"], "sample::"),
     (&["attention.cu", "attention.cuh", "attention_merge.cu"], "attention::a_few_rows"),
 ];
 

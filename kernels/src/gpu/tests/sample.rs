@@ -49,15 +49,16 @@ fn draw(device: &Arc<dyn Device>, cases: &[Case]) -> Vec<Result<u32, SampleError
     let (token_ids, errors) = (fresh(device, num_rows), fresh(device, num_rows));
     let has_masks = masks.len() > vocab_size.div_ceil(32);
     let (masks, mask_of) = (put(device, &masks), put(device, &mask_of));
+    let sampling = put(device, &sampling);
     let args = Sample {
         num_rows,
         vocab_size,
         logits: &put(device, &logits),
         rows_of: Some(&put(device, &rows_of)),
-        sampling: &put(device, &sampling),
+        sampling: (&sampling).into(),
         allowed: has_masks.then_some(AllowedTokens { masks: &masks, mask_of: &mask_of }),
-        token_ids: &token_ids,
-        errors: &errors,
+        token_ids: (&token_ids).into(),
+        errors: (&errors).into(),
     };
     sample(&**device, &args).unwrap();
     let (token_ids, errors): (Vec<u32>, Vec<u32>) = (token_ids.read().unwrap(), errors.read().unwrap());
@@ -263,15 +264,16 @@ fn rows_are_skipped() {
     let greedy = RowSampling::new(&SamplingParams::GREEDY, 0.0, 0).unwrap();
     for device in devices() {
         let (token_ids, errors) = (put(&device, &[7, 8, 9]), put(&device, &[5, 6, 7]));
+        let sampling = put(&device, &[greedy, RowSampling::SKIP, greedy]);
         let args = Sample {
             num_rows: 3,
             vocab_size: 2,
             logits: &put(&device, &[0.0, 1.0, 1.0, 0.0, 0.0, 1.0]),
             rows_of: None,
-            sampling: &put(&device, &[greedy, RowSampling::SKIP, greedy]),
+            sampling: (&sampling).into(),
             allowed: None,
-            token_ids: &token_ids,
-            errors: &errors,
+            token_ids: (&token_ids).into(),
+            errors: (&errors).into(),
         };
         sample(&*device, &args).unwrap();
         assert_eq!(token_ids.read().unwrap(), [1, 8, 1]);

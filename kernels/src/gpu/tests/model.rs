@@ -1,0 +1,238 @@
+//! Whole tiny models of every family through the emulated kernels, against the f32 reference and against themselves
+//! under other schedules.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::*;
+use crate::gpu::model::{GpuModel, GpuModelConfig, KvMemory};
+use crate::gpu::{Gpu, GpuOptions, GpuWeights, KvDtype, WeightDtype};
+use crate::models::{Checkpoint, KvConfig, ModelWeights, NumericPath, Transformer};
+use crate::step::{Model, PageId, SamplingParams, StepBatch};
+
+const FAMILIES: [&str; 5] = ["llama3", "mistral", "qwen2", "qwen3", "gemma3"];
+/// Relative to the largest logit: activations of some layers rounded to 8 bits of mantissa, or to 4.
+const MODEL_BF16_TOLERANCE: f32 = 0.04;
+const MODEL_E4M3_TOLERANCE: f32 = 0.25;
+
+fn checkpoint(family: &str) -> Checkpoint {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/tiny");
+    Checkpoint::open(&tiny.join(family)).unwrap()
+}
+
+fn model(device: &Arc<dyn Device>, family: &str, options: GpuOptions, page_size: u32) -> GpuModel {
+    let gpu = Gpu { device: Arc::clone(device) };
+    let weights = GpuWeights::load(&gpu, &checkpoint(family), options).unwrap();
+    let config = GpuModelConfig {
+        page_size,
+        kv_memory: KvMemory::Pages(1024 / page_size),
+        max_num_batched_tokens: 256,
+        max_num_seqs: 8,
+        num_host_pages: 4,
+    };
+    GpuModel::new(weights, config, family, "abc").unwrap()
+}
+
+fn reference(family: &str) -> Transformer {
+    let weights = ModelWeights::load(&checkpoint(family), NumericPath::Reference).unwrap();
+    Transformer::new(weights, KvConfig { page_size: 16, num_pages: 64 }, 2, family, "abc").unwrap()
+}
+
+/// Prompts of these lengths.
+fn prompts(lens: &[usize]) -> Vec<Vec<u32>> {
+    let tokens = |(seed, &len): (u64, &usize)| {
+        random(seed, len).iter().map(|x| ((x + 1.0) * 100.0) as u32 + 2).collect()
+    };
+    (1..).zip(lens).map(tokens).collect()
+}
+
+/// Pages of sequence `seq`, in no order.
+fn pages(seq: usize, page_size: u32) -> Vec<PageId> {
+    let num = 128 / page_size;
+    (0..num).map(|i| PageId(seq as u32 * num + (i * 5 + 3) % num)).collect()
+}
+
+#[test]
+fn logits_are_those_of_the_reference() {
+    for family in FAMILIES {
+        let prompts = prompts(&[3, 70, 33]);
+        let mut batch = StepBatch::default();
+        for (seq, prompt) in prompts.iter().enumerate() {
+            batch.push(prompt, 0, &pages(seq, 16), Some(SamplingParams::GREEDY));
+        }
+        let expected = reference(family).logits(&batch);
+        let device = EmulatedDevice::new(0).shared();
+        for deterministic in [false, true] {
+            let options = GpuOptions { deterministic, ..GpuOptions::default() };
+            let actual = model(&device, family, options, 16).logits(&batch).unwrap();
+            assert_close(&actual, &expected, MODEL_BF16_TOLERANCE, family);
+        }
+        let options =
+            GpuOptions { weight_dtype: WeightDtype::E4m3, kv_dtype: KvDtype::E4m3, ..GpuOptions::default() };
+        let actual = model(&device, family, options, 16).logits(&batch).unwrap();
+        assert_close(&actual, &expected, MODEL_E4M3_TOLERANCE, &format!("{family} in e4m3"));
+    }
+}
+
+/// How the work is cut into steps.
+struct Schedule {
+    order: i32,
+    chunk_len: usize,
+    page_size: u32,
+    /// All prompts in one batch, or one after the other.
+    together: bool,
+    /// Decodes are started before the step before them is finished.
+    ahead: bool,
+}
+
+/// Answers of `num_tokens` tokens each.
+fn answers(
+    family: &str,
+    prompts: &[Vec<u32>],
+    num_tokens: usize,
+    sampling: SamplingParams,
+    schedule: &Schedule,
+) -> Vec<Vec<u32>> {
+    let device = EmulatedDevice::new(schedule.order).shared();
+    let options = GpuOptions { deterministic: true, ..GpuOptions::default() };
+    let mut model = model(&device, family, options, schedule.page_size);
+    let groups: Vec<Vec<usize>> = match schedule.together {
+        true => vec![(0..prompts.len()).collect()],
+        false => (0..prompts.len()).map(|seq| vec![seq]).collect(),
+    };
+    let mut answers = vec![Vec::new(); prompts.len()];
+    for group in groups {
+        let mut done = vec![0; prompts.len()];
+        // Prompts in chunks, until each has its first token.
+        while group.iter().any(|&seq| done[seq] < prompts[seq].len()) {
+            let mut batch = StepBatch::default();
+            let mut seqs = Vec::new();
+            for &seq in &group {
+                let chunk =
+                    &prompts[seq][done[seq]..(done[seq] + schedule.chunk_len).min(prompts[seq].len())];
+                if !chunk.is_empty() {
+                    let is_last = done[seq] + chunk.len() == prompts[seq].len();
+                    batch.push(
+                        chunk,
+                        done[seq] as u32,
+                        &pages(seq, schedule.page_size),
+                        is_last.then_some(sampling),
+                    );
+                    done[seq] += chunk.len();
+                    seqs.push(seq);
+                }
+            }
+            let output = model.step(&batch).unwrap();
+            for (seq, token) in seqs.iter().zip(output.token_ids) {
+                answers[*seq].extend(token);
+            }
+        }
+        decode(&mut model, &group, prompts, num_tokens, sampling, schedule, &mut answers);
+    }
+    answers
+}
+
+fn decode(
+    model: &mut GpuModel,
+    group: &[usize],
+    prompts: &[Vec<u32>],
+    num_tokens: usize,
+    sampling: SamplingParams,
+    schedule: &Schedule,
+    answers: &mut [Vec<u32>],
+) {
+    let mut in_flight = 0;
+    for token in 1..num_tokens {
+        let mut batch = StepBatch::default();
+        for (index, &seq) in group.iter().enumerate() {
+            let position = (prompts[seq].len() + token - 1) as u32;
+            let pages = pages(seq, schedule.page_size);
+            if in_flight > 0 {
+                batch.push_ahead(index as u32, position, &pages, Some(sampling));
+            } else {
+                batch.push(&[*answers[seq].last().unwrap()], position, &pages, Some(sampling));
+            }
+        }
+        model.start(&batch).unwrap();
+        in_flight += 1;
+        if !schedule.ahead || in_flight == 2 {
+            take(model, group, answers);
+            in_flight -= 1;
+        }
+    }
+    for _ in 0..in_flight {
+        take(model, group, answers);
+    }
+}
+
+fn take(model: &mut GpuModel, group: &[usize], answers: &mut [Vec<u32>]) {
+    let output = model.finish().unwrap();
+    for (&seq, token) in group.iter().zip(output.token_ids) {
+        answers[seq].push(token.unwrap());
+    }
+}
+
+#[test]
+fn answers_do_not_depend_on_the_schedule() {
+    let base = Schedule { order: 0, chunk_len: 256, page_size: 16, together: true, ahead: false };
+    for (family, sampling) in [
+        ("qwen3", SamplingParams::GREEDY),
+        ("gemma3", SamplingParams { temperature: 0.8, top_p: 0.9, seed: 3, ..SamplingParams::GREEDY }),
+    ] {
+        let prompts = prompts(&[5, 61, 17]);
+        let expected = answers(family, &prompts, 6, sampling, &base);
+        for schedule in [
+            Schedule { chunk_len: 7, page_size: 32, ..base },
+            Schedule { order: 3, ahead: true, ..base },
+            Schedule { together: false, ahead: true, ..base },
+        ] {
+            assert_eq!(answers(family, &prompts, 6, sampling, &schedule), expected, "{family}");
+        }
+    }
+}
+
+#[test]
+fn greedy_answers_are_those_of_the_reference() {
+    let schedule = Schedule { order: 0, chunk_len: 256, page_size: 16, together: true, ahead: true };
+    let prompts = prompts(&[4, 40]);
+    let actual = answers("llama3", &prompts, 5, SamplingParams::GREEDY, &schedule);
+    let mut model = reference("llama3");
+    for (seq, (prompt, actual)) in prompts.iter().zip(&actual).enumerate() {
+        // The reference follows the answer; each of its tokens is as good as the best one, but for rounding.
+        let mut tokens = prompt.clone();
+        for &token in actual {
+            let mut batch = StepBatch::default();
+            batch.push(&tokens, 0, &pages(seq, 16), Some(SamplingParams::GREEDY));
+            let logits = model.logits(&batch);
+            let best = logits.iter().copied().fold(f32::MIN, f32::max);
+            let scale = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+            assert!(best - logits[token as usize] <= MODEL_BF16_TOLERANCE * scale, "token {token} of {seq}");
+            tokens.push(token);
+        }
+    }
+}
+
+#[test]
+fn memory_bounds_the_pages_and_too_little_says_what_fits() {
+    let device = EmulatedDevice::new(0).with_memory(96 << 20).shared();
+    let gpu = Gpu { device: Arc::clone(&device) };
+    let weights = GpuWeights::load(&gpu, &checkpoint("llama3"), GpuOptions::default()).unwrap();
+    let config = |kv_memory| GpuModelConfig {
+        page_size: 16,
+        kv_memory,
+        max_num_batched_tokens: 64,
+        max_num_seqs: 4,
+        num_host_pages: 0,
+    };
+    let new = |kv_memory| GpuModel::new(Arc::clone(&weights), config(kv_memory), "tiny", "abc");
+    let half = new(KvMemory::Utilization { share: 0.5, max_pages: u32::MAX }).unwrap();
+    let page_bytes = weights.kv_bytes_per_token() * 16;
+    let pages_bytes = u64::from(half.info().num_pages) * page_bytes;
+    assert!(pages_bytes > 30 << 20 && pages_bytes < 48 << 20, "{pages_bytes} bytes of pages");
+    drop(half);
+    let few = new(KvMemory::Utilization { share: 0.9, max_pages: 7 }).unwrap();
+    assert_eq!(few.info().num_pages, 7);
+    drop(few);
+    let error = new(KvMemory::Pages(1 << 20)).err().unwrap().to_string();
+    assert!(error.contains("1048576 KV pages of 16384 bytes do not fit"), "{error}");
+}
