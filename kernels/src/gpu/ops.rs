@@ -2,14 +2,20 @@
 //!
 //! One file an op, under the name of its kernel. The structs of parameters are the kernels' own, field by field.
 
+mod combine;
+mod grouped_linear;
 mod log_probs;
 mod penalties;
 mod rms_norm;
+mod route;
 mod sample;
 
+pub(crate) use self::combine::{Combine, CombineOut, combine};
+pub(crate) use self::grouped_linear::{GroupedLinear, grouped_linear};
 pub(crate) use self::log_probs::{LogProbs, TopLogProbs, log_probs};
 pub(crate) use self::penalties::{Penalties, RowPenalties, penalties};
 pub(crate) use self::rms_norm::{NormOut, RmsNorm, rms_norm};
+pub(crate) use self::route::{Route, SortRoutes, route, sort_routes};
 pub(crate) use self::sample::{AllowedTokens, RowSampling, Sample, sample, sample_error};
 
 use super::device::{Device, DeviceError, Kernel};

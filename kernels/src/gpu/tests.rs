@@ -3,6 +3,7 @@
 //! Fresh memory is NaN and comparisons let NaN stick, so a number that a kernel reads unwritten, or leaves unwritten,
 //! fails. `mistakes` plants faults and sees that these tests would find them.
 
+mod experts;
 mod log_probs;
 mod penalties;
 mod rms_norm;
