@@ -5,9 +5,12 @@
 // log_probs f32 beside the token ids; top_ids u32 and top_log_probs f32 [rows, num_top], most likely first,
 // the lower id on ties, filled up with ~0 and minus infinity where fewer tokens are above minus infinity.
 // Everything of a row with NaN, with infinity or without any such token is NaN, and so is an id beyond the
-// vocabulary. Grid: a block a row. The sum of the softmax is of integers (row_search.cuh), so it is the same
-// in any batch; errors are within 1e-6 absolutely. Bytes: 4 a logit and pass, two passes and, for the most
-// likely, a third.
+// vocabulary.
+//
+// Grid: a block a row. The sum of the softmax is of integers (row_search.cuh), so it is the same in any
+// batch; errors are within 2e-6, relatively above one.
+//
+// Bytes: 4 a logit and pass, two passes and, for the most likely, a third.
 #include "row_search.cuh"
 
 namespace {
@@ -25,7 +28,8 @@ struct LogProbsParams {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) log_probs(const __grid_constant__ LogProbsParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    log_probs(const __grid_constant__ LogProbsParams p) {
   DYN_SHARED(Shared, shared);
   const size_t row_index = p.rows_of ? p.rows_of[blockIdx.x] : blockIdx.x;
   const Row row = {p.logits + row_index * p.vocab_size, nullptr, p.vocab_size};

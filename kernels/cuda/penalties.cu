@@ -3,8 +3,10 @@
 //
 // Shapes: logits f32 [rows of the batch, vocab_size], of which block i takes row rows_of[i] (or i); penalties
 // [rows]; uses [indptr[rows]], those of block i from indptr[i] to indptr[i + 1], none twice. A use with a
-// count of zero is in the prompt alone. Ids beyond the vocabulary are passed over. Grid: a block a row.
-// Bytes: 16 a use, of which 8 are anywhere in the row, in sectors of 32; bound by latency.
+// count of zero is in the prompt alone. Ids beyond the vocabulary are passed over.
+//
+// Grid: a block a row. Bytes: 16 a use, of which 8 are anywhere in the row, in sectors of 32; bound by
+// latency.
 #include "types.cuh"
 
 namespace {

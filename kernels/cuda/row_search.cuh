@@ -225,7 +225,7 @@ __device__ __forceinline__ void add(uint64_t* sum, uint64_t weight) {
     atomicAdd(halves + 1, high);
 }
 
-// The sum over the threads before this one.
+// The sum over the threads before this one. All have met since the scan before.
 __device__ Sum scan(const Sum& own, Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Sum sum = own;
@@ -238,7 +238,6 @@ __device__ Sum scan(const Sum& own, Shared& shared) {
       sum.count += count;
     }
   }
-  __syncthreads();  // the parts of the scan before are read
   if (lane == 31)
     shared.parts[warp] = sum;
   __syncthreads();
@@ -283,9 +282,7 @@ __device__ uint32_t pick_bin(const Histogram& bins, const Sum& before, uint64_t 
       shared.picked = i;
   }
   __syncthreads();
-  const uint32_t picked = shared.picked;
-  __syncthreads();
-  return picked;
+  return shared.picked;  // all meet before something else is picked
 }
 
 // Sorts from the largest to the smallest; `len` is a power of two.
@@ -294,7 +291,7 @@ __device__ void sort_descending(uint64_t* values, uint32_t len) {
     for (uint32_t stride = size / 2; stride > 0; stride /= 2) {
       __syncthreads();
       for (uint32_t i = threadIdx.x; i < len / 2; i += kThreads) {
-        const uint32_t low = i / stride * stride * 2 + i % stride, high = low + stride;
+        const uint32_t low = 2 * i - (i & (stride - 1)), high = low + stride;
         const uint64_t x = values[low], y = values[high];
         if ((x < y) == !(low & size)) {
           values[low] = y;
@@ -423,7 +420,6 @@ class Search {
           listed.places[i] = place;
       }
     });
-    __syncthreads();
     sort_descending(listed.places, padded);
     constexpr uint32_t kEach = kMaxListed / kThreads;
     uint64_t weights[kEach];

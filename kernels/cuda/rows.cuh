@@ -39,7 +39,8 @@ __device__ __forceinline__ void store_eight(e4m3* p, const Eight& v) {
   *(uint2*)p = make_uint2(words[0], words[1]);
 }
 
-// Over the block, the same in every thread; `parts` has a number a warp, and may be used again at once.
+// Over the block, the same in every thread; `parts` has a number a warp, and may be used again at once behind
+// a sum, not behind a maximum.
 __device__ __forceinline__ float block_sum(float x, float* parts) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0)
@@ -62,7 +63,6 @@ __device__ __forceinline__ float block_max(float x, float* parts) {
 #pragma unroll
   for (int i = 1; i < kRowThreads / 32; i++)
     max = fmaxf(max, parts[i]);
-  __syncthreads();
   return max;
 }
 

@@ -5,11 +5,16 @@
 // u32 [masks, ceil(vocab_size / 32)], of which it takes mask_of[i], none where that is negative. Out:
 // token_ids u32 [rows], and errors u32 [rows]: 0, or 1 where no token is left, or 2 and the id of the lowest
 // that is NaN or infinity. With an error, token id 0 is written, which later kernels can take; rows to skip
-// are left as they are. Grid: a block a row. Sums are of integers (row_search.cuh), so neither the batch nor
-// the order of threads matters. Bytes: 4 a logit and pass: one pass for greedy rows, three for nearly all
-// others, most of them from L2. A vocabulary of 151,936 is 600 KB; a block reads some 80 GB/s, so a pass
-// takes about 8 us and a draw 40 us with its exponentials and atomics. With a row for every multiprocessor,
-// memory bounds the first pass.
+// are left as they are.
+//
+// Grid: a block a row. Sums are of integers (row_search.cuh), so neither the batch nor the order of threads
+// matters.
+//
+// Bytes: 4 a logit and pass: one pass for greedy rows, three for nearly all others, all but the first from
+// L2. A vocabulary of 151,936 is 600 KB. By estimate, not measured: a block has 32 KB in flight, so it reads
+// some 60 GB/s and a pass takes 10 us; the exponentials and atomics of the second take as much again, more
+// where the distribution is flat, so a draw takes about 50 us. With a row for every multiprocessor, memory
+// bounds the first pass.
 #include "row_search.cuh"
 
 namespace {

@@ -4,6 +4,7 @@
 //! fails. `mistakes` plants faults and sees that these tests would find them.
 
 mod attention;
+mod experts;
 mod log_probs;
 mod mistakes;
 mod model;

@@ -87,10 +87,10 @@ fn mixed_cases(vocab_size: usize, num_rows: usize) -> Vec<Case> {
         let mut logits = random(i as u64 + 1, vocab_size);
         for (id, logit) in logits.iter_mut().enumerate() {
             *logit *= SPREADS[i % SPREADS.len()];
-            if (id + i) % 5 == 0 {
+            if (id + i).is_multiple_of(5) {
                 *logit = (*logit * 4.0).round() / 4.0;
             }
-            if (id * 7 + i) % 11 == 0 && vocab_size > 1 {
+            if (id * 7 + i).is_multiple_of(11) && vocab_size > 1 {
                 *logit = f32::NEG_INFINITY;
             }
         }
@@ -171,7 +171,7 @@ fn draws_follow_the_probabilities() {
     let drawn = draw(&EmulatedDevice::new(0).shared(), &cases);
     let mut counts = [0.0; 24];
     for (drawn, case) in drawn.iter().zip(&cases) {
-        counts[drawn.clone().unwrap() as usize] += 1.0;
+        counts[(*drawn).unwrap() as usize] += 1.0;
         assert_eq!(*drawn, case.expected());
     }
     let weights: Vec<f64> = logits.iter().map(|&logit| (f64::from(logit) / 0.8).exp()).collect();
@@ -255,7 +255,7 @@ fn a_draw_does_not_depend_on_the_batch() {
     let reversed: Vec<Case> = cases.iter().rev().cloned().collect();
     assert!(draw(&device, &reversed).iter().rev().eq(&together));
     for (case, together) in cases.iter().zip(&together) {
-        assert_eq!(draw(&device, std::slice::from_ref(case)), [together.clone()]);
+        assert_eq!(draw(&device, std::slice::from_ref(case)), [*together]);
     }
 }
 

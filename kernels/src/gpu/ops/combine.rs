@@ -1,0 +1,70 @@
+//! A token's answer from those of its experts; see `combine.cu`.
+
+use half::bf16;
+
+use super::launch;
+use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::memory::DeviceVec;
+
+const KERNEL: Kernel = Kernel { name: "combine", source: "combine", block: 128, shared_bytes: 0 };
+
+/// What the sums become.
+pub(crate) enum CombineOut<'a> {
+    Bf16(&'a DeviceVec<bf16>),
+    F32(&'a DeviceVec<f32>),
+}
+
+pub(crate) struct Combine<'a> {
+    pub(crate) num_tokens: usize,
+    pub(crate) num_chosen: usize,
+    pub(crate) size: usize,
+    /// `[num_tokens * num_chosen, size]`
+    pub(crate) answers: &'a DeviceVec<bf16>,
+    /// `[num_tokens, num_chosen]`, as `route` wrote them.
+    pub(crate) weights: &'a DeviceVec<f32>,
+    /// `[num_tokens, num_chosen]`, as `sort_routes` wrote them.
+    pub(crate) routes_of: &'a DeviceVec<u32>,
+    /// `[num_tokens, size]`, written
+    pub(crate) out: CombineOut<'a>,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Params {
+    answers: Address,
+    weights: Address,
+    routes_of: Address,
+    out: Address,
+    out_f32: Address,
+    size: u32,
+    num_chosen: u32,
+}
+
+pub(crate) fn combine(device: &dyn Device, args: &Combine<'_>) -> Result<(), DeviceError> {
+    let Combine { num_tokens, num_chosen, size, .. } = *args;
+    assert_eq!(size % 8, 0, "rows of {size} numbers are not aligned to 16 bytes");
+    let num_routes = num_tokens * num_chosen;
+    assert!(args.answers.len() >= num_routes * size);
+    assert!(args.weights.len() >= num_routes && args.routes_of.len() >= num_routes);
+    let (out, out_f32) = match args.out {
+        CombineOut::Bf16(out) => {
+            assert!(out.len() >= num_tokens * size);
+            (out.address(), Address::NULL)
+        }
+        CombineOut::F32(out) => {
+            assert!(out.len() >= num_tokens * size);
+            (Address::NULL, out.address())
+        }
+    };
+    let params = Params {
+        answers: args.answers.address(),
+        weights: args.weights.address(),
+        routes_of: args.routes_of.address(),
+        out,
+        out_f32,
+        size: size as u32,
+        num_chosen: num_chosen as u32,
+    };
+    // SAFETY: the lengths were checked above; `routes_of` are those of the batch.
+    unsafe { launch(device, &KERNEL, [num_tokens as u32, 1, 1], &params) }
+}
