@@ -149,50 +149,14 @@ struct Running {
   template <int kCount>
   __device__ __forceinline__ void weigh(float (&c)[kCount / 8][4], const AttentionRow (&rows)[2], int k,
                                         float scale) {
-    const int column = threadIdx.x % 4 * 2;
-    if (k < max2(rows[0].low, rows[1].low) || k + kCount > min2(rows[0].limit, rows[1].limit)) {
+    float keep[2];
+    weigh_scores<kCount>(c, rows, k, scale, max, sum, keep);
 #pragma unroll
-      for (int n = 0; n < kCount / 8; n++)
+    for (int n = 0; n < kDims / 8; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int key = k + n * 8 + column + i % 2;
-          if (key < rows[i / 2].low || key >= rows[i / 2].limit)
-            c[n][i] = -INFINITY;
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float largest = max[r];
-#pragma unroll
-      for (int n = 0; n < kCount / 8; n++)
-        largest = fmaxf(largest, fmaxf(c[n][r * 2], c[n][r * 2 + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      // Rounded in the same way each time: where the largest stays, what was summed stays bit for bit, so it
-      // does not matter to a row how many keys behind its own the tile goes on.
-      const float base = largest == -INFINITY ? 0 : product(largest, scale);
-      const float keep = exp2_approx(max[r] == -INFINITY ? -INFINITY : product(max[r], scale) - base);
-      float more = 0;
-      max[r] = largest;
-#pragma unroll
-      for (int n = 0; n < kCount / 8; n++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          float& x = c[n][r * 2 + j];
-          x = exp2_approx(fmaf(x, scale, -base));
-          more += x;
-        }
-      sum[r] = fmaf(sum[r], keep, more);
-#pragma unroll
-      for (int n = 0; n < kDims / 8; n++) {
-        o[n][r * 2] *= keep;
-        o[n][r * 2 + 1] *= keep;
-      }
-    }
+      for (int i = 0; i < 4; i++)
+        o[n][i] *= keep[i / 2];
   }
-
-  static __device__ __forceinline__ int max2(int a, int b) { return a > b ? a : b; }
-  static __device__ __forceinline__ int min2(int a, int b) { return a < b ? a : b; }
 
   // Adds the weighted values, dimensions from `dim0` on.
   template <int D, int kCount>

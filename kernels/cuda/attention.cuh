@@ -65,6 +65,52 @@ __device__ __forceinline__ int first_key(const AttentionParams& p, const Attenti
   return max(t.k0, low / step * step);
 }
 
+// Makes weights of the scores of keys from k on: of a thread's two rows (lane / 4 and that + 8) eight columns
+// apart, two at a time. `max` (not scaled) and `sum` (of this thread's columns) go along the keys; what was
+// summed before is to be multiplied by `keep`.
+template <int kCount>
+__device__ __forceinline__ void weigh_scores(float (&c)[kCount / 8][4], const AttentionRow (&rows)[2], int k,
+                                             float scale, float (&max)[2], float (&sum)[2],
+                                             float (&keep)[2]) {
+  const int column = threadIdx.x % 4 * 2;
+  const int low = rows[0].low > rows[1].low ? rows[0].low : rows[1].low;
+  const int limit = rows[0].limit < rows[1].limit ? rows[0].limit : rows[1].limit;
+  if (k < low || k + kCount > limit) {
+#pragma unroll
+    for (int n = 0; n < kCount / 8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int key = k + n * 8 + column + i % 2;
+        if (key < rows[i / 2].low || key >= rows[i / 2].limit)
+          c[n][i] = -INFINITY;
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float largest = max[r];
+#pragma unroll
+    for (int n = 0; n < kCount / 8; n++)
+      largest = fmaxf(largest, fmaxf(c[n][r * 2], c[n][r * 2 + 1]));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    // Rounded in the same way each time: where the largest stays, what was summed stays bit for bit, so it
+    // does not matter to a row how many keys behind its own the tile goes on.
+    const float base = largest == -INFINITY ? 0 : product(largest, scale);
+    keep[r] = exp2_approx(max[r] == -INFINITY ? -INFINITY : product(max[r], scale) - base);
+    max[r] = largest;
+    float more = 0;
+#pragma unroll
+    for (int n = 0; n < kCount / 8; n++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        float& x = c[n][r * 2 + j];
+        x = exp2_approx(fmaf(x, scale, -base));
+        more += x;
+      }
+    sum[r] = fmaf(sum[r], keep[r], more);
+  }
+}
+
 // Parts of a row put together, one after the other in the order of their keys. Both kernels that do it do the
 // same arithmetic, so it does not matter to a row's bits which one did.
 struct MergedParts {

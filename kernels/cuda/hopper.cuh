@@ -26,13 +26,18 @@ struct Tma {
   int x, y;
 };
 struct Wg {
-  float* d;
+  float (*d)[4];
   uint64_t a, b;
+  const uint32_t* regs;  // A, where not in shared memory
   int n;
   bool tb, acc;
 };
+struct WgQueue {
+  std::vector<Wg> open;
+  std::vector<std::vector<Wg> > groups;
+};
 inline thread_local std::vector<Tma> tmas;
-inline thread_local std::vector<std::vector<Wg> > wgs(2048);  // wgs: by thread
+inline thread_local std::vector<WgQueue> wgs(2048);  // by thread
 inline void settle(Mbar* b) {
   if (!b->pending && !b->tx) {
     b->phase ^= 1;
@@ -67,6 +72,42 @@ inline float desc_at(uint64_t d, int mn, int k, bool mn_major) {  // canonical 1
   bf16 v;
   memcpy(&v, swz(blk->smem + off), 2);
   return to_float(v);
+}
+// A product as its warp sees it: operands are read only now.
+inline void run_wgmma(const Wg& o) {
+  struct R {
+    uint32_t v[4];
+  };
+  int l = lane(), w = cur->lin / 32 % 4;
+  R mine = {};
+  if (o.regs)
+    memcpy(&mine, o.regs, sizeof mine);
+  auto g = gather(~0u, 19, mine);
+  float a[2][16], b[16];
+  for (int r = 0; r < 2; r++)
+    for (int k = 0; k < 16; k++) {
+      uint32_t pair = g[l / 4 * 4 + k % 8 / 2].v[r + k / 8 * 2];
+      a[r][k] = !o.regs ? desc_at(o.a, w * 16 + l / 4 + r * 8, k, false) : k & 1 ? hi_of(pair) : lo_of(pair);
+    }
+  for (int col = 0; col < o.n; col++) {
+    if (col % 8 / 2 != l % 4)
+      continue;
+    for (int k = 0; k < 16; k++)
+      b[k] = desc_at(o.b, col, k, o.tb);
+    for (int r = 0; r < 2; r++) {
+      float& d = o.d[col / 8][r * 2 + col % 2];
+      float s = o.acc ? d : 0;
+      for (int k = 0; k < 16; k++)
+        s += a[r][k] * b[k];
+      d = s;
+    }
+  }
+}
+inline void queue_wgmma(float (*d)[4], uint64_t a, const uint32_t* regs, uint64_t b, int n, bool tb,
+                        int acc) {
+  gather<int>(~0u, 20, 0);
+  memset(d, 0xff, acc ? 0 : n / 8 * 16);  // unknown until waited for
+  wgs[cur->lin].open.push_back({d, a, b, regs, n, tb, acc != 0});
 }
 }  // namespace emu
 #endif
@@ -135,44 +176,113 @@ __device__ __forceinline__ void tma_load_2d(void* dst, const TmaMap* m, uint64_t
   emu::tmas.push_back({(emu::Mbar*)b, (char*)dst, m, x, y});
 #endif
 }
+// Registers of each thread of this warpgroup from here on: fewer, for others to take, or more.
+template <int N>
+__device__ __forceinline__ void give_registers() {
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+template <int N>
+__device__ __forceinline__ void take_registers() {
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+// What this thread wrote to shared memory is seen by TMA and wgmma that follow a barrier.
+__device__ __forceinline__ void fence_async_shared() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// A barrier of `n` threads; number 0 is __syncthreads.
+#ifdef __CUDACC__
+__device__ __forceinline__ void named_barrier(int id, int n) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+#else
+inline void named_barrier(int id, int n, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::sync(id, n, file, line);
+}
+#endif
+// Registers that wgmma is to read or write are ready.
 __device__ __forceinline__ void wgmma_fence() {
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void wgmma_wait() {
+__device__ __forceinline__ void wgmma_commit() {
 #ifdef __CUDACC__
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
-  __syncwarp();
-  auto& v = emu::wgs[emu::cur->lin];
-  int l = emu::lane(), w = emu::cur->lin / 32 % 4;
-  for (auto& o : v)
-    for (int j = 0; j < o.n / 8; j++)
-      for (int r = 0; r < 2; r++)
-        for (int e = 0; e < 2; e++) {
-          float s = o.acc ? o.d[j * 4 + r * 2 + e] : 0;
-          int row = w * 16 + l / 4 + r * 8, col = j * 8 + l % 4 * 2 + e;
-          for (int k = 0; k < 16; k++)
-            s += emu::desc_at(o.a, row, k, false) * emu::desc_at(o.b, col, k, o.tb);
-          o.d[j * 4 + r * 2 + e] = s;
-        }
-  v.clear();
+  auto& q = emu::wgs[emu::cur->lin];
+  q.groups.push_back(std::move(q.open));
+  q.open.clear();
 #endif
 }
-// D[64,64] (+)= A[64,16] B[16,64]; A K-major; B K-major, or MN-major when TB.
-template <bool TB>
-__device__ __forceinline__ void wgmma_64x64(float (&c)[32], uint64_t da, uint64_t db, int acc) {
+// Waits until no more than N groups are in flight.
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#else
+  auto& groups = emu::wgs[emu::cur->lin].groups;
+  while ((int)groups.size() > N) {
+    for (auto& o : groups[0])
+      emu::run_wgmma(o);
+    groups.erase(groups.begin());
+  }
+#endif
+}
+// Keeps the compiler from moving registers of a product in flight.
+template <int N>
+__device__ __forceinline__ void wgmma_hold(float (&c)[N][4]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+#endif
+}
+#define WGMMA_R4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define WGMMA_R16(i) WGMMA_R4(i), WGMMA_R4(i + 1), WGMMA_R4(i + 2), WGMMA_R4(i + 3)
+#define WGMMA_D32                                                                                       \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+  "%27,%28,%29,%30,%31"
+#define WGMMA_D64                                                                                          \
+  WGMMA_D32                                                                                                \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%" \
+  "57,"                                                                                                    \
+  "%58,%59,%60,%61,%62,%63"
+// D[64,128] (+)= A[64,16] B[16,128], both from shared memory and K-major.
+__device__ __forceinline__ void wgmma_64x128(float (&c)[16][4], uint64_t a, uint64_t b, int acc) {
 #ifdef __CUDACC__
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%"
-      "27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, %35;\n}"
-#define R4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-      : R4(0), R4(4), R4(8), R4(12), R4(16), R4(20), R4(24), R4(28)
-      : "l"(da), "l"(db), "r"(acc), "n"(TB ? 1 : 0));
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " WGMMA_D64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+      : WGMMA_R16(0), WGMMA_R16(4), WGMMA_R16(8), WGMMA_R16(12)
+      : "l"(a), "l"(b), "r"(acc));
 #else
-  __syncwarp();
-  emu::wgs[emu::cur->lin].push_back({c, da, db, 64, TB, acc != 0});  // reads shared memory only at the wait
+  emu::queue_wgmma(c, a, nullptr, b, 128, false, acc);
+#endif
+}
+// D[64,N] += A[64,16] B[16,N]: A from registers, as mma_bf16 has it; B from shared memory, MN-major.
+__device__ __forceinline__ void wgmma_add(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+#ifdef __CUDACC__
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " WGMMA_D64
+               "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+               : WGMMA_R16(0), WGMMA_R16(4), WGMMA_R16(8), WGMMA_R16(12)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#else
+  emu::queue_wgmma(c, 0, a, b, 128, true, 1);
+#endif
+}
+__device__ __forceinline__ void wgmma_add(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+#ifdef __CUDACC__
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_D32
+               "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+               : WGMMA_R16(0), WGMMA_R16(4)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#else
+  emu::queue_wgmma(c, 0, a, b, 64, true, 1);
 #endif
 }

@@ -18,7 +18,7 @@ fn main() {
     sources.sort();
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(2).debug(false).warnings(false);
-    build.flag("-xc++").flag("-fno-strict-aliasing").include(".").include(kernels);
+    build.flag("-xc++").flag("-fno-strict-aliasing").flag("-Wno-psabi").include(".").include(kernels);
     let sanitized = std::env::var_os("TIDEMILL_EMULATION_ASAN").is_some();
     if sanitized {
         build.flag("-fsanitize=address").flag("-g");

@@ -202,7 +202,6 @@ void launch(Entry e, void* fn, dim3 grid, dim3 block, size_t smem, void** args) 
   std::atomic<int> nextb{0};
   auto work = [&] {
     size_t nthr = block.x * block.y * block.z;
-    std::mt19937 rng(1);
     Block B{};
     B.dim = block;
     B.grid = grid;
@@ -215,6 +214,7 @@ void launch(Entry e, void* fn, dim3 grid, dim3 block, size_t smem, void** args) 
     g_args = args;
     for (int b; (b = nextb++) < nb;) {
       B.idx = dim3(b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y));
+      std::mt19937 rng(b + 1);  // the same however blocks are dealt to cores
       run_block(B, st, rng);
     }
     UNPOISON(st, nthr * STACK);

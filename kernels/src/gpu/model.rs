@@ -20,7 +20,6 @@ use self::buffers::{Buffers, MAX_HEAD_ROWS};
 use self::forward::Head;
 use self::inputs::{Inputs, Layout, StepShape};
 use self::rope::DeviceRope;
-use super::GpuError;
 use super::device::{Device, DeviceError, Event, Graph};
 use super::memory::{DeviceVec, PinnedVec};
 use super::ops::{AttentionParts, RowSampling, sample_error};

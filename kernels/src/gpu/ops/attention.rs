@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::launch;
 use crate::backend::AttentionShape;
-use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::device::{Address, Device, DeviceError, Kernel, TmaMap, TmaShape};
 use crate::gpu::memory::{DeviceSlice, DeviceVec};
 use crate::gpu::plan::PlanLayout;
 
@@ -15,12 +15,22 @@ const MERGE: Kernel =
 /// Heads that a block of it merges.
 const MERGE_HEADS: usize = 4;
 
+/// Keys of a step of the kernel for Hopper.
+const HOPPER_KEYS: usize = 128;
+
 /// Keys and values of a layer, `[page][2][kv head][slot][head_dim]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum PagedKv<'a> {
     Bf16(DeviceSlice<'a, bf16>),
     /// With a scale of one.
     E4m3(DeviceSlice<'a, u8>),
+}
+
+impl PagedKv<'_> {
+    /// Whether long chunks may be planned as wide tiles.
+    pub(crate) fn takes_wide_tiles(&self, device: &dyn Device, head_dim: usize) -> bool {
+        device.is_hopper() && matches!(self, Self::Bf16(_)) && matches!(head_dim, 64 | 128)
+    }
 }
 
 /// Partial results, for as many rows as plans may have.
@@ -82,6 +92,14 @@ struct Params {
 
 #[derive(Clone, Copy)]
 #[repr(C)]
+struct HopperParams {
+    map: TmaMap,
+    params: Params,
+    box_rows: u32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
 struct MergeParams {
     out: Address,
     part_out: Address,
@@ -122,6 +140,27 @@ pub(crate) fn attention(device: &dyn Device, args: &AttentionArgs<'_>) -> Result
         // SAFETY: the lengths were checked; the plan is of this batch and its pages are of the cache.
         unsafe { launch(device, &kernel(shape.head_dim, args.kv), grid, &params)? };
     }
+    if layout.room.wide_tiles > 0 {
+        let (kernel, kv) = hopper_kernel(device, shape.head_dim, args.kv);
+        let box_rows = shape.page_size.min(HOPPER_KEYS) as u32;
+        let params = HopperParams {
+            map: device.tma_map(&TmaShape {
+                base: kv.address(),
+                rows: (shape.num_slots() * 2 * shape.num_kv_heads) as u64,
+                columns: shape.head_dim as u64,
+                row_bytes: (shape.head_dim * size_of::<bf16>()) as u64,
+                box_rows,
+            })?,
+            params: Params {
+                num_tiles: plan.at(PlanLayout::NUM_WIDE_TILES),
+                tiles: plan.at(layout.wide_tiles),
+                ..params
+            },
+            box_rows,
+        };
+        // SAFETY: as above.
+        unsafe { launch(device, &kernel, [(layout.room.wide_tiles * heads) as u32, 1, 1], &params)? };
+    }
     if layout.room.merges > 0 {
         let params = MergeParams {
             out: params.out,
@@ -144,7 +183,7 @@ fn check(args: &AttentionArgs<'_>) {
     let AttentionArgs { shape, layout, .. } = *args;
     let num_tokens = layout.room.tokens;
     assert!(shape.num_heads.is_multiple_of(shape.num_kv_heads) && shape.scale > 0.0);
-    assert!(shape.page_size.is_power_of_two());
+    assert!(shape.page_size.is_power_of_two() && shape.page_size >= 16);
     assert!(args.plan.len() >= layout.len && args.positions.len() >= num_tokens);
     assert!(args.query.len() >= num_tokens * shape.q_len() && args.out.len() >= num_tokens * shape.q_len());
     let part_rows = layout.room.part_rows * shape.num_kv_heads;
@@ -154,6 +193,22 @@ fn check(args: &AttentionArgs<'_>) {
         PagedKv::Bf16(kv) => kv.len() >= kv_len,
         PagedKv::E4m3(kv) => kv.len() >= kv_len,
     });
+}
+
+/// See `attention_hopper.cu` for what lies in shared memory.
+fn hopper_kernel<'a>(
+    device: &dyn Device,
+    head_dim: usize,
+    kv: PagedKv<'a>,
+) -> (Kernel, DeviceSlice<'a, bf16>) {
+    assert!(device.is_hopper(), "wide tiles are planned for Hopper only");
+    let (name, kv) = match (head_dim, kv) {
+        (64, PagedKv::Bf16(kv)) => ("attention_hopper_64", kv),
+        (128, PagedKv::Bf16(kv)) => ("attention_hopper_128", kv),
+        _ => panic!("no kernel for wide tiles, heads of {head_dim}, {kv:?}"),
+    };
+    let shared_bytes = (5 * HOPPER_KEYS * head_dim * 2 + 8 * 8) as u32;
+    (Kernel { name, source: "attention_hopper", block: 384, shared_bytes }, kv)
 }
 
 /// See `attention.cu` for what lies in shared memory.

@@ -79,6 +79,28 @@ fn ragged_batches() {
     }
 }
 
+/// Short, for planted mistakes: a tile that is not full, keys that end within a page. No more steps than stages, so that
+/// a warp may run far ahead of others.
+#[test]
+fn a_few_rows_on_hopper() {
+    let seqs = [Seq::new(1, 81, 130)];
+    check(World { wide_tiles: true, num_heads: 16, num_kv_heads: 8, ..World::PLAIN }, &seqs);
+}
+
+#[test]
+fn long_chunks_on_hopper() {
+    let seqs = [Seq::new(1, 0, 150), Seq::new(2, 400, 1), Seq::new(3, 300, 129), Seq::new(4, 63, 65)];
+    let hopper = World { wide_tiles: true, ..World::PLAIN };
+    for world in [
+        World { num_heads: 3, num_kv_heads: 1, window: Some(100), ..hopper },
+        World { page_size: 64, num_heads: 8, window: Some(1), ..hopper },
+        World { page_size: 256, head_dim: 128, ..hopper },
+        World { page_size: 128, head_dim: 128, window: Some(140), num_kv_heads: 1, ..hopper },
+    ] {
+        check(world, &seqs);
+    }
+}
+
 #[test]
 fn heads_that_fill_more_than_a_tile() {
     let seqs = [Seq::new(1, 200, 1), Seq::new(2, 20, 2), Seq::new(3, 0, 5)];
