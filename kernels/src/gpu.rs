@@ -6,6 +6,7 @@
 
 mod device;
 mod e4m3;
+mod image;
 mod memory;
 mod ops;
 
