@@ -4,6 +4,7 @@
 //! and one that runs the same sources on the CPU, for tests. Everything above them (page tables, work plans,
 //! parameters, graphs) is the same code on both. Activations are bf16, the residual stream, logits and sums f32.
 
+mod cuda;
 mod device;
 mod e4m3;
 mod image;
@@ -15,4 +16,5 @@ mod emulated;
 #[cfg(test)]
 mod tests;
 
+pub use self::cuda::CudaError;
 pub use self::device::DeviceError;

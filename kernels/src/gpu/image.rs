@@ -3,8 +3,11 @@
 //! `build.rs` writes the table from the files of `kernels/cuda`. An image holds code for sm_90a and, unless the source
 //! is named `*_hopper`, for sm_80 and a form of it that drivers compile for later devices.
 
+mod cache;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use self::cache::{ImageCache, user_cache};
 
 /// A file of `kernels/cuda`.
 #[derive(Clone, Copy, Debug)]

@@ -3,8 +3,10 @@
 //! One file an op, under the name of its kernel. The structs of parameters are the kernels' own, field by field.
 
 mod rms_norm;
+mod scale_outer;
 
 pub(crate) use self::rms_norm::{NormOut, RmsNorm, rms_norm};
+pub(crate) use self::scale_outer::scale_outer;
 
 use super::device::{Device, DeviceError, Kernel};
 

@@ -159,3 +159,35 @@ fn a_bad_report_is_seen() {
     );
     assert!(is_instruction("HMMA.16816.F32.BF16", "HMMA") && !is_instruction("HMMAX", "HMMA"));
 }
+
+#[test]
+fn images_are_kept_and_broken_ones_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = ImageCache::at(&folder.path().join("images"));
+    let mut num_made = 0;
+    let mut get = |parts: &[&str]| {
+        let made = |image: &str| Ok::<_, ()>(image.as_bytes().to_vec());
+        let make = || {
+            num_made += 1;
+            made(&parts.concat())
+        };
+        (cache.get_or_make(parts, make).unwrap(), num_made)
+    };
+    assert_eq!(get(&["a", "bc"]), (b"abc".to_vec(), 1));
+    assert_eq!(get(&["a", "bc"]), (b"abc".to_vec(), 1));
+    assert_eq!(get(&["ab", "c"]), (b"abc".to_vec(), 2), "parts are told apart");
+    let files =
+        || std::fs::read_dir(folder.path().join("images")).unwrap().map(|entry| entry.unwrap().path());
+    assert_eq!(files().count(), 2, "nothing is left over");
+    for broken in [&b"short"[..], &[0; 40]] {
+        files().for_each(|file| std::fs::write(file, broken).unwrap());
+        let before = get(&["a", "bc"]).1;
+        assert_eq!(get(&["a", "bc"]), (b"abc".to_vec(), before), "made once more and kept");
+    }
+    assert_eq!(get(&["a", "bc"]).1, 4);
+    // A folder that cannot be made.
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let image = ImageCache::at(&file).get_or_make(&["x"], || Ok::<_, ()>(vec![1]));
+    assert_eq!(image, Ok(vec![1]));
+}
