@@ -11,7 +11,7 @@ export TIDEMILL := $(CARGO_TARGET_DIR)/release/tidemill
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build models data demo demo-kafka kafka chaos burst bench peers test
+.PHONY: help setup build models data demo demo-kafka kafka cuda chaos burst bench peers test
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -20,6 +20,7 @@ setup: ## check for cargo, cc, python3 and pip; install what is missing
 	@sh scripts/setup.sh
 
 build: setup ## build target/release/tidemill
+	@sh scripts/cuda.sh detect >/dev/null
 	@echo "build: release build (some minutes when cold)"
 	@cargo build --release --locked -p tidemill --bin tidemill
 
@@ -48,6 +49,9 @@ kafka: setup ## fetch the broker and the schema registry of the tests into the c
 	@sh scripts/kafka.sh fetch
 	@sh scripts/registry.sh fetch
 
+cuda: setup ## fetch the compiler of the kernels for GPUs into the cache
+	@sh scripts/cuda.sh fetch >/dev/null
+
 burst: build ## let 100,000 records arrive while the model is slow; writes out/burst.svg
 	@python3 scripts/burst.py $(TIDEMILL)
 
@@ -67,7 +71,8 @@ peers: build ## run Tidemill beside other engines that are installed (scripts/pe
 	@mkdir -p out
 	@python3 scripts/peers/compare.py --json out/peers.json
 
-test: setup models kafka ## set up and run every check and test that needs no GPU
+# The compiler comes first, so that nothing is built without it.
+test: setup cuda models kafka ## set up and run every check and test that needs no GPU
 	@echo "test: format"
 	@cargo fmt --all --check
 	@echo "test: lints (some minutes when cold)"

@@ -4,8 +4,10 @@
 //! and one that runs the same sources on the CPU, for tests. Everything above them (page tables, work plans,
 //! parameters, graphs) is the same code on both. Activations are bf16, the residual stream, logits and sums f32.
 
+mod cuda;
 mod device;
 mod e4m3;
+mod image;
 mod memory;
 mod model;
 mod ops;
@@ -19,8 +21,11 @@ mod tests;
 
 use std::sync::Arc;
 
-use self::device::Device;
+use self::cuda::CudaDevice;
+pub use self::cuda::CudaError;
 pub use self::device::DeviceError;
+use self::device::{Device, DeviceMemory};
+pub use self::model::{GpuModel, GpuModelConfig, KvMemory};
 pub use self::ops::KvDtype;
 pub use self::weights::{GpuOptions, GpuWeights, WeightDtype};
 
@@ -30,9 +35,28 @@ pub struct Gpu {
     device: Arc<dyn Device>,
 }
 
+impl Gpu {
+    /// The CUDA device of this number; what is missing is an error, and nothing else happens then.
+    pub fn open(ordinal: usize) -> Result<Self, GpuError> {
+        Ok(Self { device: CudaDevice::open(ordinal)? })
+    }
+
+    pub fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// Bytes that are free, and all of them.
+    pub fn memory(&self) -> Result<(u64, u64), GpuError> {
+        let DeviceMemory { free, total } = self.device.memory()?;
+        Ok((free, total))
+    }
+}
+
 /// Why a model cannot use a GPU.
 #[derive(Debug, thiserror::Error)]
 pub enum GpuError {
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error("heads of dimension {head_dim} are not computed on a GPU: it must be a multiple of 4 up to 256")]

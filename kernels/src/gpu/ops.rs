@@ -17,6 +17,7 @@ mod randomize;
 mod rms_norm;
 mod route;
 mod sample;
+mod scale_outer;
 mod store_kv;
 
 use half::bf16;
@@ -36,6 +37,7 @@ pub(crate) use self::randomize::randomize;
 pub(crate) use self::rms_norm::{RmsNorm, rms_norm};
 pub(crate) use self::route::{Route, SortRoutes, route, sort_routes};
 pub(crate) use self::sample::{AllowedTokens, RowSampling, Sample, sample, sample_error};
+pub(crate) use self::scale_outer::scale_outer;
 pub use self::store_kv::KvDtype;
 pub(crate) use self::store_kv::{StoreKv, store_kv};
 use super::device::{Address, Device, DeviceError, Kernel};

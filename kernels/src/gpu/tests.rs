@@ -1,10 +1,13 @@
-//! Every op on the emulation, under each order of threads, against a plain f32 loop on the same rounded numbers.
+//! Every op on the emulation, under each order of threads, against a plain f32 loop on the same rounded numbers; with
+//! the feature `cuda-tests` on a CUDA device instead, whose absence is a failure then.
 //!
 //! Fresh memory is NaN and comparisons let NaN stick, so a number that a kernel reads unwritten, or leaves unwritten,
 //! fails. `mistakes` plants faults and sees that these tests would find them.
 
 mod attention;
+mod device;
 mod experts;
+mod gemm;
 mod log_probs;
 mod mistakes;
 mod model;
@@ -12,6 +15,7 @@ mod penalties;
 mod rms_norm;
 mod rows;
 mod sample;
+mod scale_outer;
 mod store_kv;
 
 use std::sync::Arc;
@@ -27,11 +31,27 @@ const BF16_TOLERANCE: f32 = 1.0 / 128.0;
 /// One step of e4m3's mantissa.
 const E4M3_TOLERANCE: f32 = 1.0 / 15.0;
 
-/// Devices for all orders; one with a mistake in a process that is to find it.
+/// Devices for all orders of threads, or the CUDA device; one with a mistake in a process that is to find it.
 fn devices() -> Vec<Arc<dyn Device>> {
     if let Some(device) = mistakes::planted() {
         return vec![device];
     }
+    if cfg!(feature = "cuda-tests") { vec![cuda_device()] } else { emulated_devices() }
+}
+
+/// One for each test, since tests run beside each other and a device is one queue.
+fn cuda_device() -> Arc<dyn Device> {
+    thread_local! {
+        static DEVICE: std::cell::OnceCell<Arc<dyn Device>> = const { std::cell::OnceCell::new() };
+    }
+    let open = || match super::cuda::CudaDevice::open(0) {
+        Ok(device) => device as Arc<dyn Device>,
+        Err(error) => panic!("{error}: {}", error.help()),
+    };
+    DEVICE.with(|device| Arc::clone(device.get_or_init(open)))
+}
+
+fn emulated_devices() -> Vec<Arc<dyn Device>> {
     tidemill_cuda_emulation::ORDERS.iter().map(|&order| EmulatedDevice::new(order).shared()).collect()
 }
 

@@ -1,0 +1,31 @@
+use super::*;
+use crate::gpu::device::{Address, Gemm, GemmInput, GemmOutput};
+use crate::gpu::ops::scale_outer;
+
+#[test]
+fn scales_rows_and_columns() {
+    for (m, n) in [(1, 1), (3, 2048), (2, 2100)] {
+        let out = rounded(random(1, m * n));
+        let (x_scale, weight_scale) = (random(2, m), random(3, n));
+        let expected: Vec<f32> =
+            out.iter().enumerate().map(|(i, x)| x * (x_scale[i / n] * weight_scale[i % n])).collect();
+        for device in devices() {
+            let (half, full) = (put(&device, &to_bf16(&out)), put(&device, &out));
+            let (x_scale, weight_scale) = (put(&device, &x_scale), put(&device, &weight_scale));
+            let scale = |out, output| {
+                let (x, weight, batch_invariant) = (Address::NULL, Address::NULL, false);
+                let (input, k) = (GemmInput::E4m3, 0);
+                let x_scale = Some(x_scale.address());
+                let weight_scale = Some(weight_scale.address());
+                let gemm =
+                    Gemm { m, n, k, input, output, x, weight, out, x_scale, weight_scale, batch_invariant };
+                // SAFETY: all have these shapes and live until they were read.
+                unsafe { scale_outer(&*device, &gemm).unwrap() };
+            };
+            scale(half.address(), GemmOutput::Bf16);
+            scale(full.address(), GemmOutput::F32);
+            assert_close(&to_f32(&half.read().unwrap()), &expected, BF16_TOLERANCE, "bf16");
+            assert_close(&full.read().unwrap(), &expected, 1e-6, "f32");
+        }
+    }
+}
