@@ -68,6 +68,6 @@ pub enum GpuError {
          free, which is room for {fits}"
     )]
     KvCache { wanted: u32, fits: u32, page_bytes: u64, free: u64, total: u64 },
-    #[error("mixtures of experts are not computed on a GPU yet")]
-    Experts,
+    #[error("mixtures of experts are not computed with weights of 8 bits")]
+    RoundedExperts,
 }

@@ -8,6 +8,7 @@
 //! so all other memory is there once.
 
 mod buffers;
+mod experts;
 mod forward;
 mod inputs;
 mod memory;

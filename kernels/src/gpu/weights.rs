@@ -4,6 +4,7 @@
 //! are laid out for the attention kernel, which knows a few dimensions: narrower ones are padded with zeros here, and
 //! nothing else sees it. Matrices are bf16, or e4m3 with a scale for each output; embedding and output head stay bf16.
 
+mod experts;
 mod random;
 mod upload;
 
@@ -12,13 +13,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
+pub(super) use self::experts::GpuExperts;
 use self::upload::Uploader;
 use super::device::{Device, DeviceError};
 use super::memory::DeviceVec;
 use super::ops::{KvDtype, Matrix, MatrixValues, ROW_MULTIPLE, quantize};
 use super::{Gpu, GpuError};
 use crate::backend::RopeTable;
-use crate::models::weights::{FeedForward, Layers, Matrices, MatrixRole, MatrixSource};
+use crate::models::weights::{Dense, FeedForward, Layers, Matrices, MatrixRole, MatrixSource};
 use crate::models::{Activation, Checkpoint, ModelConfig, ModelError};
 
 /// Head dimensions of the attention kernels.
@@ -69,15 +71,23 @@ pub(super) struct GpuLayer {
     pub(super) attention_output: Matrix,
     pub(super) post_attention_norm: Option<DeviceVec<f32>>,
     pub(super) feed_forward_norm: DeviceVec<f32>,
-    /// Gates, then ups.
-    pub(super) gate_up: Matrix,
-    pub(super) down: Matrix,
+    pub(super) feed_forward: GpuFeedForward,
     pub(super) post_feed_forward_norm: Option<DeviceVec<f32>>,
+}
+
+pub(super) enum GpuFeedForward {
+    Dense {
+        /// Gates, then ups.
+        gate_up: Matrix,
+        down: Matrix,
+    },
+    Experts(GpuExperts),
 }
 
 impl GpuWeights {
     pub fn load(gpu: &Gpu, checkpoint: &Checkpoint, options: GpuOptions) -> Result<Arc<Self>, ModelError> {
         let config = checkpoint.config()?;
+        experts::check(&config, options)?;
         let heads = Heads::of(&config)?;
         let maker = Maker {
             device: Arc::clone(&gpu.device),
@@ -99,8 +109,11 @@ impl GpuWeights {
         let (config, parts) = (layers.config.clone(), layers.into_parts());
         let mut gpu_layers = Vec::with_capacity(parts.layers.len());
         for layer in parts.layers {
-            let FeedForward::Dense(dense) = layer.feed_forward else {
-                return Err(GpuError::Experts.into());
+            let feed_forward = match layer.feed_forward {
+                FeedForward::Dense(Dense { gate_up, down }) => GpuFeedForward::Dense { gate_up, down },
+                FeedForward::Experts(experts) => {
+                    GpuFeedForward::Experts(GpuExperts::stack(&device, experts)?)
+                }
             };
             gpu_layers.push(GpuLayer {
                 attention_norm: put(&layer.attention_norm)?,
@@ -113,8 +126,7 @@ impl GpuWeights {
                 attention_output: layer.attention_output,
                 post_attention_norm: put_option(layer.post_attention_norm)?,
                 feed_forward_norm: put(&layer.feed_forward_norm)?,
-                gate_up: dense.gate_up,
-                down: dense.down,
+                feed_forward,
                 post_feed_forward_norm: put_option(layer.post_feed_forward_norm)?,
             });
         }

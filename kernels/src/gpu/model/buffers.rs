@@ -10,6 +10,7 @@ use crate::gpu::device::{Device, DeviceError};
 use crate::gpu::memory::DeviceVec;
 use crate::gpu::ops::{Rows, RowsOut};
 use crate::gpu::weights::{GpuWeights, WeightDtype};
+use crate::models::ExpertsConfig;
 
 /// Rows that meet the output head at once: bounds the memory of the logits.
 pub(super) const MAX_HEAD_ROWS: usize = 256;
@@ -29,16 +30,49 @@ pub(super) struct Buffers {
     pub(super) attended: DeviceVec<bf16>,
     /// The same rounded; unused with weights of bf16.
     pub(super) rounded: Option<(DeviceVec<u8>, DeviceVec<f32>)>,
-    /// `[rows, 2, intermediate_size]`
+    /// `[rows, 2, intermediate_size]`; with experts, for each of a row's.
     pub(super) gate_up: DeviceVec<bf16>,
-    /// `[rows, intermediate_size]`
+    /// `[rows, intermediate_size]`, likewise.
     pub(super) gated: Activations,
+    pub(super) experts: Option<ExpertBuffers>,
     /// `[rows, hidden_size]`: behind the last norm.
     pub(super) last: DeviceVec<bf16>,
     /// `[MAX_HEAD_ROWS, hidden_size]`
     pub(super) head: DeviceVec<bf16>,
     /// `[MAX_HEAD_ROWS, vocab_size]`
     pub(super) logits: DeviceVec<f32>,
+}
+
+/// Of a feed-forward part made of experts; a route is one row's use of one expert.
+pub(super) struct ExpertBuffers {
+    /// `[rows, num_experts]`
+    pub(super) scores: DeviceVec<f32>,
+    /// `[rows, num_experts_per_token]` each.
+    pub(super) experts: DeviceVec<u32>,
+    pub(super) weights: DeviceVec<f32>,
+    pub(super) routes_of: DeviceVec<u32>,
+    /// `[num_experts + 1]`
+    pub(super) indptr: DeviceVec<u32>,
+    /// `[routes]`
+    pub(super) rows: DeviceVec<u32>,
+    /// `[routes, hidden_size]`
+    pub(super) answers: DeviceVec<bf16>,
+}
+
+impl ExpertBuffers {
+    fn new(weights: &GpuWeights, config: ExpertsConfig, max_rows: usize) -> Result<Self, DeviceError> {
+        let device = &weights.device;
+        let num_routes = max_rows * config.num_experts_per_token as usize;
+        Ok(Self {
+            scores: DeviceVec::new(device, max_rows * config.num_experts as usize)?,
+            experts: DeviceVec::new(device, num_routes)?,
+            weights: DeviceVec::new(device, num_routes)?,
+            routes_of: DeviceVec::new(device, num_routes)?,
+            indptr: DeviceVec::new(device, config.num_experts as usize + 1)?,
+            rows: DeviceVec::new(device, num_routes)?,
+            answers: DeviceVec::new(device, num_routes * weights.config.hidden_size as usize)?,
+        })
+    }
 }
 
 /// Rows in the numbers that the matrices of the model take.
@@ -86,6 +120,9 @@ impl Buffers {
         let kv_len = config.num_kv_heads as usize * weights.stride;
         let dtype = weights.options.weight_dtype;
         let head_rows = max_seqs.min(MAX_HEAD_ROWS);
+        let num_routes =
+            max_rows * config.experts.map_or(1, |experts| experts.num_experts_per_token as usize);
+        let experts = |experts| ExpertBuffers::new(weights, experts, max_rows);
         let rounded = || Ok((DeviceVec::new(device, max_rows * q_len)?, DeviceVec::new(device, max_rows)?));
         Ok(Self {
             hidden: DeviceVec::new(device, max_rows * hidden)?,
@@ -95,8 +132,9 @@ impl Buffers {
             queries: DeviceVec::new(device, max_rows * q_len)?,
             attended: DeviceVec::new(device, max_rows * q_len)?,
             rounded: (dtype == WeightDtype::E4m3).then(rounded).transpose()?,
-            gate_up: DeviceVec::new(device, max_rows * 2 * intermediate)?,
-            gated: Activations::new(device, dtype, max_rows, intermediate)?,
+            gate_up: DeviceVec::new(device, num_routes * 2 * intermediate)?,
+            gated: Activations::new(device, dtype, num_routes, intermediate)?,
+            experts: config.experts.map(experts).transpose()?,
             last: DeviceVec::new(device, max_rows * hidden)?,
             head: DeviceVec::new(device, head_rows * hidden)?,
             logits: DeviceVec::new(device, head_rows * config.vocab_size as usize)?,

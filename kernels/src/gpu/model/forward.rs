@@ -11,7 +11,7 @@ use crate::gpu::ops::{
     AttentionArgs, CopyKv, Embed, Gated, KvDtype, LinearOut, Matrix, PagedKv, RmsNorm, Rows, RowsOut, Sample,
     StoreKv, attention, copy_kv, embed, gated, gather, linear, quantize, rms_norm, sample, store_kv,
 };
-use crate::gpu::weights::GpuLayer;
+use crate::gpu::weights::{GpuFeedForward, GpuLayer};
 
 /// Which rows meet the output head, and what is wanted of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,8 +169,21 @@ impl Runner {
 
     /// `part = feed_forward(normed)`
     fn feed_forward_part(&self, layer: &GpuLayer, num_rows: usize) -> Result<(), DeviceError> {
+        let buffers = &self.buffers;
+        match &layer.feed_forward {
+            GpuFeedForward::Dense { gate_up, down } => {
+                let out = LinearOut::Bf16(&buffers.gate_up);
+                self.linear(num_rows, buffers.normed.rows(), gate_up, out)?;
+                self.gate(num_rows)?;
+                self.linear(num_rows, buffers.gated.rows(), down, LinearOut::Bf16(&buffers.part))
+            }
+            GpuFeedForward::Experts(experts) => self.mix_experts(experts, num_rows),
+        }
+    }
+
+    /// `gated = activation(gates) * ups`
+    pub(super) fn gate(&self, num_rows: usize) -> Result<(), DeviceError> {
         let Self { device, weights, buffers, .. } = self;
-        self.linear(num_rows, buffers.normed.rows(), &layer.gate_up, LinearOut::Bf16(&buffers.gate_up))?;
         let args = Gated {
             activation: weights.activation,
             num_rows,
@@ -178,8 +191,7 @@ impl Runner {
             gate_up: &buffers.gate_up,
             out: buffers.gated.out(),
         };
-        gated(&**device, &args)?;
-        self.linear(num_rows, buffers.gated.rows(), &layer.down, LinearOut::Bf16(&buffers.part))
+        gated(&**device, &args)
     }
 
     /// Logits of rows `first..first + num_rows` of those that meet the head.
@@ -219,7 +231,7 @@ impl Runner {
         sample(&*self.device, &args)
     }
 
-    fn linear(
+    pub(super) fn linear(
         &self,
         num_rows: usize,
         x: Rows<'_>,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{GpuLayer, GpuOptions, GpuWeights, Heads, finish_matrix};
+use super::{GpuFeedForward, GpuLayer, GpuOptions, GpuWeights, Heads, finish_matrix};
 use crate::backend::RopeTable;
 use crate::gpu::Gpu;
 use crate::gpu::memory::DeviceVec;
@@ -11,8 +11,9 @@ use crate::models::weights::MatrixRole;
 use crate::models::{ModelConfig, ModelError};
 
 impl GpuWeights {
-    /// Random weights of a dense model; answers are noise, but they cost what real ones do.
+    /// Random weights of a dense model; answers are noise, but they cost what real ones do. Experts are not drawn.
     pub fn random(gpu: &Gpu, config: ModelConfig, options: GpuOptions) -> Result<Arc<Self>, ModelError> {
+        assert!(config.experts.is_none(), "random weights are those of a dense model");
         let heads = Heads::of(&config)?;
         let device = &gpu.device;
         let mut seed = 0;
@@ -41,8 +42,10 @@ impl GpuWeights {
                 attention_output: matrix(MatrixRole::AttentionOutput, hidden, num_heads * heads.stride)?,
                 post_attention_norm: norm("post_attention_norm.weight", hidden)?,
                 feed_forward_norm: ones(hidden)?,
-                gate_up: matrix(MatrixRole::GateUp, 2 * intermediate, hidden)?,
-                down: matrix(MatrixRole::Down, hidden, intermediate)?,
+                feed_forward: GpuFeedForward::Dense {
+                    gate_up: matrix(MatrixRole::GateUp, 2 * intermediate, hidden)?,
+                    down: matrix(MatrixRole::Down, hidden, intermediate)?,
+                },
                 post_feed_forward_norm: norm("post_ffw_norm.weight", hidden)?,
             });
         }
