@@ -184,6 +184,24 @@ fn row_of(tile: &Tile, packed: usize) -> u32 {
     packed as u32 - tile.row0
 }
 
+fn random_batch(random: &mut impl FnMut(u32) -> u32, page_size: usize) -> StepBatch {
+    let mut batch = StepBatch::default();
+    let mut next_page = 100;
+    for _ in 0..1 + random(12) {
+        let first = random(900);
+        let num_rows = if random(3) > 0 { 1 } else { 1 + random(200) };
+        let num_pages = (first + num_rows) as usize / page_size + 1;
+        let num_shared = (random(600) / page_size as u32 * random(2)).min(first / page_size as u32);
+        let table = (0..num_pages as u32).map(|page| {
+            next_page += 1;
+            PageId(if page < num_shared { page } else { next_page })
+        });
+        let pages: Vec<_> = table.collect();
+        batch.push(&vec![0; num_rows as usize], first, &pages, None);
+    }
+    batch
+}
+
 /// Random batches: every row sees every key up to its own once, in order, on its own pages.
 #[test]
 fn every_row_sees_its_keys_once() {
@@ -194,20 +212,7 @@ fn every_row_sees_its_keys_once() {
     };
     for round in 0..300 {
         let page_size = 16usize << random(5);
-        let mut batch = StepBatch::default();
-        let mut next_page = 100;
-        for _ in 0..1 + random(12) {
-            let first = random(900);
-            let num_rows = if random(3) > 0 { 1 } else { 1 + random(200) };
-            let num_pages = (first + num_rows) as usize / page_size + 1;
-            let num_shared = (random(600) / page_size as u32 * random(2)).min(first / page_size as u32);
-            let table = (0..num_pages as u32).map(|page| {
-                next_page += 1;
-                PageId(if page < num_shared { page } else { next_page })
-            });
-            let pages: Vec<_> = table.collect();
-            batch.push(&vec![0; num_rows as usize], first, &pages, None);
-        }
+        let batch = random_batch(&mut random, page_size);
         let group_len = 1 + random(9) as usize;
         let num_rows = batch.num_tokens() * group_len;
         let batch_invariant = random(2) == 0;
