@@ -178,6 +178,86 @@ struct Running {
   }
 };
 
+// Writes what two rows of a thread, `row` and that + 8, have summed over a part of their keys.
+template <int D, int kDims>
+__device__ __forceinline__ void end_part(const AttentionParams& p, const AttentionTile& t, uint32_t head,
+                                         const AttentionRow (&rows)[2], const Running<kDims>& run,
+                                         MergedParts (&merged)[2], uint32_t row, uint32_t dim0, bool last) {
+  const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float sum = run.sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (!rows[r].ok)
+      continue;
+    const float inverse = sum == 0 ? 0 : reciprocal(sum);
+    const float lse = sum == 0 ? -INFINITY : fmaf(run.max[r], p.scale_log2, log2f(sum));
+    const size_t part = (size_t)(t.part + row + r * 8) * p.num_kv_heads + head;
+    float* part_out = p.part_out + part * D + dim0 + lane % 4 * 2;
+    bf16* out = p.out + rows[r].out + dim0 + lane % 4 * 2;
+    if (t.part < 0) {
+#pragma unroll
+      for (int n = 0; n < kDims / 8; n++)
+        *(uint32_t*)(out + n * 8) = pack_bf16(run.o[n][r * 2] * inverse, run.o[n][r * 2 + 1] * inverse);
+    } else if (!t.split) {
+      if (dim0 == 0 && lane % 4 == 0)
+        p.part_lse[part] = lse;
+#pragma unroll
+      for (int n = 0; n < kDims / 8; n++)
+        *(float2*)(part_out + n * 8) = make_float2(run.o[n][r * 2] * inverse, run.o[n][r * 2 + 1] * inverse);
+    } else {
+      // This thread alone reads and writes these numbers.
+      const bool some = merged[r].max != -INFINITY;
+      float keep = 1, add = 0;
+      if (sum != 0)
+        merge_part(merged[r], lse, keep, add);
+      const float whole = last ? reciprocal(merged[r].sum) : 1;
+#pragma unroll
+      for (int n = 0; n < kDims / 8; n++) {
+        float2 x = some ? *(const float2*)(part_out + n * 8) : make_float2(0, 0);
+        x.x = merge_value(x.x, keep, add, run.o[n][r * 2] * inverse);
+        x.y = merge_value(x.y, keep, add, run.o[n][r * 2 + 1] * inverse);
+        if (last)
+          *(uint32_t*)(out + n * 8) = pack_bf16(x.x * whole, x.y * whole);
+        else
+          *(float2*)(part_out + n * 8) = x;
+      }
+    }
+  }
+}
+
+template <int D, int kRows>
+__device__ __forceinline__ void copy_queries(const AttentionParams& p, const AttentionTile& t, uint32_t head,
+                                             bf16* query) {
+  const Pass<kRows, D / 8> pass;
+#pragma unroll 1
+  for (int j = 0; j < pass.kTimes; j++) {
+    const uint32_t row = j * pass.kRows + pass.row;
+    const AttentionRow from = attention_row(p, t, head, row, D);
+    cp_async16(at<D>(query, row, pass.chunk), p.query + from.out + pass.chunk * 8, from.ok);
+  }
+}
+
+// Warps that have the same rows give each other the scores of their keys. `scores` is where this thread's two
+// rows and columns begin.
+template <int kAll, int kCount>
+__device__ __forceinline__ void share_scores(float (&c)[kAll / 8][4], const float (&mine)[kCount / 8][4],
+                                             float* scores, uint32_t first) {
+  constexpr int kStride = kAll + 8;
+#pragma unroll
+  for (int i = 0; i < kCount / 4; i++)
+    *(float2*)(scores + i % 2 * 8 * kStride + first + i / 2 * 8) =
+        make_float2(mine[i / 2][i % 2 * 2], mine[i / 2][i % 2 * 2 + 1]);
+  __syncthreads();  // the scores of all warps are here
+#pragma unroll
+  for (int i = 0; i < kAll / 4; i++) {
+    const float2 pair = *(const float2*)(scores + i % 2 * 8 * kStride + i / 2 * 8);
+    c[i / 2][i % 2 * 2] = pair.x;
+    c[i / 2][i % 2 * 2 + 1] = pair.y;
+  }
+}
+
 template <int D, class Number, int kRows>
 __device__ __forceinline__ void attend(const AttentionParams& p, const AttentionTile& t, uint32_t head,
                                        char* shared) {
@@ -207,13 +287,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
           p.part_lse[(size_t)(t.part + row0 + lane / 4 + r * 8) * p.num_kv_heads + head] = -INFINITY;
     return;
   }
-  const Pass<kRows, D / 8> pass;
-#pragma unroll 1
-  for (int j = 0; j < pass.kTimes; j++) {
-    const uint32_t row = j * pass.kRows + pass.row;
-    const AttentionRow from = attention_row(p, t, head, row, D);
-    cp_async16(at<D>(query, row, pass.chunk), p.query + from.out + pass.chunk * 8, from.ok);
-  }
+  copy_queries<D, kRows>(p, t, head, query);
   copy_step<D>(pages, stages, raw, k);
   cp_async_commit();
 
@@ -244,17 +318,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
     } else {
       float mine[kCount / 8][4] = {};
       multiply_keys<D, kCount, kHold>(mine, held, query, row0, keys, share * kCount);
-#pragma unroll
-      for (int i = 0; i < kCount / 4; i++)
-        *(float2*)(scores + i % 2 * 8 * kStride + share * kCount + i / 2 * 8) =
-            make_float2(mine[i / 2][i % 2 * 2], mine[i / 2][i % 2 * 2 + 1]);
-      __syncthreads();  // the scores of all warps are here
-#pragma unroll
-      for (int i = 0; i < kKeys<D> / 4; i++) {
-        const float2 pair = *(const float2*)(scores + i % 2 * 8 * kStride + i / 2 * 8);
-        c[i / 2][i % 2 * 2] = pair.x;
-        c[i / 2][i % 2 * 2 + 1] = pair.y;
-      }
+      share_scores<kKeys<D>, kCount>(c, mine, scores, share * kCount);
     }
     run.template weigh<kKeys<D>>(c, rows, k, p.scale_log2);
     run.template add_values<D, kKeys<D>>(c, values, dim0);
@@ -264,48 +328,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
     const bool last = k >= t.k1;
     if (!last && (!t.split || k % t.split))
       continue;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float sum = run.sum[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (!rows[r].ok)
-        continue;
-      const float inverse = sum == 0 ? 0 : reciprocal(sum);
-      const float lse = sum == 0 ? -INFINITY : fmaf(run.max[r], p.scale_log2, log2f(sum));
-      const size_t part = (size_t)(t.part + row0 + lane / 4 + r * 8) * p.num_kv_heads + head;
-      float* part_out = p.part_out + part * D + dim0 + lane % 4 * 2;
-      bf16* out = p.out + rows[r].out + dim0 + lane % 4 * 2;
-      if (t.part < 0) {
-#pragma unroll
-        for (int n = 0; n < kDims / 8; n++)
-          *(uint32_t*)(out + n * 8) = pack_bf16(run.o[n][r * 2] * inverse, run.o[n][r * 2 + 1] * inverse);
-      } else if (!t.split) {
-        if (share == 0 && lane % 4 == 0)
-          p.part_lse[part] = lse;
-#pragma unroll
-        for (int n = 0; n < kDims / 8; n++)
-          *(float2*)(part_out + n * 8) =
-              make_float2(run.o[n][r * 2] * inverse, run.o[n][r * 2 + 1] * inverse);
-      } else {
-        // This thread alone reads and writes these numbers.
-        const bool some = merged[r].max != -INFINITY;
-        float keep = 1, add = 0;
-        if (sum != 0)
-          merge_part(merged[r], lse, keep, add);
-        const float whole = last ? reciprocal(merged[r].sum) : 1;
-#pragma unroll
-        for (int n = 0; n < kDims / 8; n++) {
-          float2 x = some ? *(const float2*)(part_out + n * 8) : make_float2(0, 0);
-          x.x = merge_value(x.x, keep, add, run.o[n][r * 2] * inverse);
-          x.y = merge_value(x.y, keep, add, run.o[n][r * 2 + 1] * inverse);
-          if (last)
-            *(uint32_t*)(out + n * 8) = pack_bf16(x.x * whole, x.y * whole);
-          else
-            *(float2*)(part_out + n * 8) = x;
-        }
-      }
-    }
+    end_part<D>(p, t, head, rows, run, merged, row0 + lane / 4, dim0, last);
     run = Running<kDims>();
   }
 }

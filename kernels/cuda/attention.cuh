@@ -12,7 +12,7 @@ struct __align__(16) AttentionTile {
   int k0, k1;               // k0 is a multiple of 64
   int part;                 // first row of the partial results, or -1: the rows end here
   uint32_t pages;           // where the page list begins
-  int min_position;         // of the rows
+  int min_position;         // no row is before it
   int split;                // 0, or: merged in place at multiples of this, and written out at the end
 };
 

@@ -117,6 +117,7 @@ pub(crate) struct Tile {
     /// First row of the partial results.
     pub(crate) part: Option<u32>,
     pub(crate) pages: u32,
+    /// No row is before it.
     pub(crate) min_position: u32,
     /// 0, or: parts are merged within the tile.
     pub(crate) split: u32,

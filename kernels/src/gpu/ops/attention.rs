@@ -26,13 +26,6 @@ pub(crate) enum PagedKv<'a> {
     E4m3(DeviceSlice<'a, u8>),
 }
 
-impl PagedKv<'_> {
-    /// Whether long chunks may be planned as wide tiles.
-    pub(crate) fn takes_wide_tiles(&self, device: &dyn Device, head_dim: usize) -> bool {
-        device.is_hopper() && matches!(self, Self::Bf16(_)) && matches!(head_dim, 64 | 128)
-    }
-}
-
 /// Partial results, for as many rows as plans may have.
 #[derive(Debug)]
 pub(crate) struct AttentionParts {
@@ -141,11 +134,11 @@ pub(crate) fn attention(device: &dyn Device, args: &AttentionArgs<'_>) -> Result
         unsafe { launch(device, &kernel(shape.head_dim, args.kv), grid, &params)? };
     }
     if layout.room.wide_tiles > 0 {
-        let (kernel, kv) = hopper_kernel(device, shape.head_dim, args.kv);
+        let kernel = hopper_kernel(device, shape.head_dim, args.kv);
         let box_rows = shape.page_size.min(HOPPER_KEYS) as u32;
         let params = HopperParams {
             map: device.tma_map(&TmaShape {
-                base: kv.address(),
+                base: params.kv,
                 rows: (shape.num_slots() * 2 * shape.num_kv_heads) as u64,
                 columns: shape.head_dim as u64,
                 row_bytes: (shape.head_dim * size_of::<bf16>()) as u64,
@@ -196,19 +189,15 @@ fn check(args: &AttentionArgs<'_>) {
 }
 
 /// See `attention_hopper.cu` for what lies in shared memory.
-fn hopper_kernel<'a>(
-    device: &dyn Device,
-    head_dim: usize,
-    kv: PagedKv<'a>,
-) -> (Kernel, DeviceSlice<'a, bf16>) {
+fn hopper_kernel(device: &dyn Device, head_dim: usize, kv: PagedKv<'_>) -> Kernel {
     assert!(device.is_hopper(), "wide tiles are planned for Hopper only");
-    let (name, kv) = match (head_dim, kv) {
-        (64, PagedKv::Bf16(kv)) => ("attention_hopper_64", kv),
-        (128, PagedKv::Bf16(kv)) => ("attention_hopper_128", kv),
+    let name = match (head_dim, kv) {
+        (64, PagedKv::Bf16(_)) => "attention_hopper_64",
+        (128, PagedKv::Bf16(_)) => "attention_hopper_128",
         _ => panic!("no kernel for wide tiles, heads of {head_dim}, {kv:?}"),
     };
     let shared_bytes = (5 * HOPPER_KEYS * head_dim * 2 + 8 * 8) as u32;
-    (Kernel { name, source: "attention_hopper", block: 384, shared_bytes }, kv)
+    Kernel { name, source: "attention_hopper", block: 384, shared_bytes }
 }
 
 /// See `attention.cu` for what lies in shared memory.

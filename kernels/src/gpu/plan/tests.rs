@@ -132,3 +132,129 @@ fn words_lie_where_the_layout_says() {
     assert_eq!(words[layout.tokens..][..2], [0, 1]);
     assert_eq!(words[layout.pages..], [10, 11, 12, 13, 14, 15, 9, 9, 9, 9]);
 }
+
+/// The parts of rows in the order in which they were met: row of the partial results to token, head and first key.
+type PartRows = std::collections::BTreeMap<u32, (u32, usize, u32)>;
+
+/// Tiles of a plan against the keys that each row is to see. Returns, for each token and head, the ranges that end in
+/// the tile.
+fn rows_of_tiles(
+    plan: &AttentionPlan,
+    batch: &StepBatch,
+    parts: &mut PartRows,
+) -> Vec<((u32, usize), Range<u32>)> {
+    let PlanOptions { page_size, group_len, split_len, .. } = plan.options;
+    let mut whole = Vec::new();
+    let seq_of = |token: u32| {
+        (0..batch.num_seqs())
+            .find(|&seq| batch.rows(seq).contains(&(token as usize)))
+            .expect("a row of the batch")
+    };
+    for tile in plan.tiles().iter().chain(plan.wide_tiles()) {
+        let positions = (0..tile.num_rows).map(|row| {
+            let packed = (tile.row0 + row) as usize;
+            let token = plan.tokens[packed / group_len];
+            let seq = seq_of(token);
+            let position = batch.positions[token as usize];
+            let end = tile.k1.min(position + 1);
+            for key in (tile.k0..end).step_by(page_size) {
+                let page = batch.kv_page_indices[tile.pages as usize + key as usize / page_size];
+                assert_eq!(page, batch.pages(seq)[key as usize / page_size], "a page of another sequence");
+            }
+            let row = (token, packed % group_len);
+            if let Some(part) = tile.part {
+                let before = parts.insert(part + row_of(tile, packed), (row.0, row.1, tile.k0));
+                assert!(before.is_none(), "two rows of results in one place");
+            }
+            match tile.part {
+                Some(_) if tile.split == 0 => {
+                    assert!(tile.k0.is_multiple_of(split_len) && tile.k1 - tile.k0 <= split_len);
+                    assert!(tile.k1 - tile.k0 == split_len || position < tile.k1 || tile.k1 % split_len != 0);
+                }
+                _ => whole.push((row, tile.k0..end)),
+            }
+            position
+        });
+        assert!(positions.min() >= Some(tile.min_position));
+    }
+    whole
+}
+
+fn row_of(tile: &Tile, packed: usize) -> u32 {
+    packed as u32 - tile.row0
+}
+
+fn random_batch(random: &mut impl FnMut(u32) -> u32, page_size: usize) -> StepBatch {
+    let mut batch = StepBatch::default();
+    let mut next_page = 100;
+    for _ in 0..1 + random(12) {
+        let first = random(900);
+        let num_rows = if random(3) > 0 { 1 } else { 1 + random(200) };
+        let num_pages = (first + num_rows) as usize / page_size + 1;
+        let num_shared = (random(600) / page_size as u32 * random(2)).min(first / page_size as u32);
+        let table = (0..num_pages as u32).map(|page| {
+            next_page += 1;
+            PageId(if page < num_shared { page } else { next_page })
+        });
+        let pages: Vec<_> = table.collect();
+        batch.push(&vec![0; num_rows as usize], first, &pages, None);
+    }
+    batch
+}
+
+/// Random batches: every row sees every key up to its own once, in order, on its own pages.
+#[test]
+fn every_row_sees_its_keys_once() {
+    let mut state = 7u64;
+    let mut random = |below: u32| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u32 % below
+    };
+    for round in 0..300 {
+        let page_size = 16usize << random(5);
+        let batch = random_batch(&mut random, page_size);
+        let group_len = 1 + random(9) as usize;
+        let num_rows = batch.num_tokens() * group_len;
+        let batch_invariant = random(2) == 0;
+        let options = PlanOptions {
+            page_size,
+            group_len,
+            head_dim: if random(4) == 0 { 256 } else { 64 },
+            batch_invariant,
+            wide_tiles: !batch_invariant && random(2) == 0,
+            share_prefixes: random(3) > 0,
+            split_len: 64 << random(3),
+            max_part_rows: num_rows + random(2000) as usize,
+        };
+        let plan = planned(options, &batch);
+        let mut parts = PartRows::new();
+        let whole = rows_of_tiles(&plan, &batch, &mut parts);
+        assert!(parts.keys().next_back().is_none_or(|&last| (last as usize) < plan.size().part_rows));
+        assert!(plan.size().part_rows <= options.max_part_rows);
+        for token in 0..batch.num_tokens() as u32 {
+            let end = batch.positions[token as usize] + 1;
+            let merges: Vec<_> = plan.merges().iter().filter(|merge| merge.token == token).collect();
+            for head in 0..group_len {
+                let ends: Vec<_> =
+                    whole.iter().filter(|(row, _)| *row == (token, head)).map(|(_, keys)| keys).collect();
+                if let [merge] = merges[..] {
+                    assert!(ends.is_empty(), "a row is written twice");
+                    let rows = |parts: Parts| (0..parts.len).map(move |i| parts.first + i * parts.stride);
+                    let firsts: Vec<_> = rows(merge.shared)
+                        .chain(rows(merge.own))
+                        .map(|row| parts[&(row + head as u32)])
+                        .map(|(of_token, of_head, k0)| {
+                            assert_eq!((of_token, of_head), (token, head), "round {round}");
+                            k0
+                        })
+                        .collect();
+                    let expected: Vec<_> = (0..firsts.len() as u32).map(|i| i * options.split_len).collect();
+                    assert_eq!(firsts, expected);
+                    assert!(firsts.len() as u32 * options.split_len >= end);
+                } else {
+                    assert!(merges.is_empty() && ends == [&(0..end)], "round {round}: {ends:?} of {end}");
+                }
+            }
+        }
+    }
+}
