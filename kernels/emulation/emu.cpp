@@ -22,7 +22,8 @@ static thread_local Entry g_entry;
 static thread_local void* g_fn;
 static thread_local void** g_args;
 static Kernel* kernels;
-Kernel::Kernel(const char* n, void* f, Entry e) : name(n), fn(f), entry(e), next(kernels) {
+Kernel::Kernel(const char* n, void* f, Entry e, size_t bytes)
+    : name(n), fn(f), entry(e), param_bytes(bytes), next(kernels) {
   kernels = this;
 }
 extern "C" void emu_switch(void** save, void* load);
@@ -237,6 +238,13 @@ extern "C" int cuda_emu_launch(const char* name, unsigned gx, unsigned gy, unsig
       return 0;
     }
   return 500;
+}
+// Bytes of a kernel's parameters, 0 for no such kernel.
+extern "C" size_t cuda_emu_param_bytes(const char* name) {
+  for (Kernel* k = kernels; k; k = k->next)
+    if (!strcmp(k->name, name))
+      return k->param_bytes;
+  return 0;
 }
 // Order in which threads run: 0 forward, 1 backward, 2 shuffled, 3 and 4 warp by warp as far as each goes.
 // `mistake` is a name that kernels ask for by PLANTED, or "file:line" of a __syncthreads to leave out, or

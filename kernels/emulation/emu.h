@@ -143,19 +143,23 @@ struct Tramp<void (*)(A...)> {
     ((void (*)(A...))f)(*(std::remove_reference_t<A>*)p[I]...);
   }
   static void call(void* f, void** p) { go(f, p, std::index_sequence_for<A...>{}); }
+  static constexpr size_t param_bytes = (size_t{0} + ... + sizeof(std::remove_reference_t<A>));
 };
 struct Kernel {
   const char* name;
   void* fn;
   Entry entry;
+  size_t param_bytes;
   Kernel* next;
-  Kernel(const char*, void*, Entry);
+  Kernel(const char*, void*, Entry, size_t);
 };
 inline int lane() {
   return cur->lin & 31;
 }
 }  // namespace emu
-#define EMU_KERNEL(f) static emu::Kernel emu_reg_##f(#f, (void*)f, emu::Tramp<decltype(&f)>::call);
+#define EMU_KERNEL(f)                                                          \
+  static emu::Kernel emu_reg_##f(#f, (void*)f, emu::Tramp<decltype(&f)>::call, \
+                                 emu::Tramp<decltype(&f)>::param_bytes);
 #define DYN_SHARED(T, name) T* name = (T*)emu::blk->smem
 #define threadIdx (emu::cur->tid)
 #define blockIdx (emu::blk->idx)

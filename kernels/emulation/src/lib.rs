@@ -14,6 +14,7 @@ unsafe extern "C" {
         shared_bytes: c_uint,
         params: *mut *mut c_void,
     ) -> c_int;
+    fn cuda_emu_param_bytes(name: *const c_char) -> usize;
     fn cuda_emu_configure(order: c_int, mistake: *const c_char);
     fn cuda_emu_sites(out: *mut c_char, len: usize) -> usize;
 }
@@ -21,6 +22,9 @@ unsafe extern "C" {
 /// Orders of threads under which every kernel must give the same: forward, shuffled, and one warp as far as it goes
 /// before the next, from the first or from any.
 pub const ORDERS: [i32; 4] = [0, 2, 3, 4];
+
+/// A library that stands for the CUDA driver, cuBLASLt and NVRTC where it is found under their names; see `driver.cpp`.
+pub const FAKE_DRIVER: &str = concat!(env!("OUT_DIR"), "/libfakecuda.so");
 
 /// There is no kernel of this name.
 #[derive(Debug, PartialEq, Eq)]
@@ -44,6 +48,14 @@ pub unsafe fn launch(
         cuda_emu_launch(name.as_ptr(), grid[0], grid[1], grid[2], block, shared_bytes, params.as_mut_ptr())
     };
     if code == 0 { Ok(()) } else { Err(UnknownKernel) }
+}
+
+/// Bytes of the struct that a kernel takes.
+pub fn param_bytes(name: &str) -> Option<usize> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: the callee compares the name, which ends with a zero.
+    let bytes = unsafe { cuda_emu_param_bytes(name.as_ptr()) };
+    (bytes > 0).then_some(bytes)
 }
 
 /// Chooses the order of threads, and a mistake for kernels to make: a name that one asks for, `file.cu:line` of a

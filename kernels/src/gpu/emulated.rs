@@ -289,6 +289,12 @@ impl Device for EmulatedDevice {
     unsafe fn launch(&self, kernel: &Kernel, grid: [u32; 3], params: &[u8]) -> Result<(), DeviceError> {
         assert!(grid.iter().all(|&blocks| blocks > 0), "{}: a grid without blocks", kernel.name);
         assert!(grid[1] < 1 << 16 && grid[2] < 1 << 16, "{}: a grid of {grid:?}", kernel.name);
+        let wanted = emulation::param_bytes(kernel.name);
+        assert!(
+            wanted.is_none_or(|bytes| bytes == params.len()),
+            "{}: parameters of {wanted:?} bytes",
+            kernel.name
+        );
         let mut chunks = vec![Chunk([0; 128]); params.len().div_ceil(128)];
         for (chunk, bytes) in chunks.iter_mut().zip(params.chunks(128)) {
             chunk.0[..bytes.len()].copy_from_slice(bytes);

@@ -31,12 +31,16 @@ const BF16_TOLERANCE: f32 = 1.0 / 128.0;
 /// One step of e4m3's mantissa.
 const E4M3_TOLERANCE: f32 = 1.0 / 15.0;
 
+/// Set where a fake driver stands for the real one; see `cuda/tests.rs`.
+pub(super) const FAKE_DRIVER_VARIABLE: &str = "FAKE_DRIVER";
+
 /// Devices for all orders of threads, or the CUDA device; one with a mistake in a process that is to find it.
 fn devices() -> Vec<Arc<dyn Device>> {
     if let Some(device) = mistakes::planted() {
         return vec![device];
     }
-    if cfg!(feature = "cuda-tests") { vec![cuda_device()] } else { emulated_devices() }
+    let is_cuda = cfg!(feature = "cuda-tests") || std::env::var_os(FAKE_DRIVER_VARIABLE).is_some();
+    if is_cuda { vec![cuda_device()] } else { emulated_devices() }
 }
 
 /// One for each test, since tests run beside each other and a device is one queue.

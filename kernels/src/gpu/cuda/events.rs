@@ -1,8 +1,8 @@
 //! Points in the stream that can be waited for, made of a few events of the driver that are used again.
 //!
 //! An event is a number; the stream is done in order, so when one is reached all before it are. Invariant: those of the
-//! driver's events that are queued are in the order of their numbers, and at most [`MAX_QUEUED`] of them are kept that
-//! nobody waits for.
+//! driver's events that are queued are in the order of their numbers. When there are many, those that were reached are
+//! taken back even if nobody waits for them.
 
 use std::collections::VecDeque;
 use std::ptr::null_mut;

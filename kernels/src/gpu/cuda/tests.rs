@@ -1,7 +1,11 @@
-//! What can be said of a CUDA device where there is none: which errors come, and that nothing panics.
+//! What can be said of a CUDA device where there is none: which errors come, that nothing panics, and that the tests of
+//! the device pass over a fake driver.
+
+use std::process::Command;
 
 use super::*;
 use crate::gpu::image::{SOURCES, Source};
+use crate::gpu::tests::FAKE_DRIVER_VARIABLE;
 
 /// Something of CUDA is not there; a failure where it must be.
 fn missing(what: &str) {
@@ -92,4 +96,39 @@ fn products_are_described_to_cublas() {
         missing(&CudaError::NoCublasLt.to_string());
         assert!(CudaError::NoCublasLt.help().contains("nvidia-cublas"));
     }
+}
+
+/// Runs tests of this program in another one, which finds the fake libraries.
+fn with_fake_driver(mode: &str, tests: &[&str]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["libcuda.so", "libcublasLt.so", "libnvrtc.so"] {
+        std::os::unix::fs::symlink(tidemill_cuda_emulation::FAKE_DRIVER, folder.path().join(name)).unwrap();
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(tests)
+        .env(FAKE_DRIVER_VARIABLE, mode)
+        .env("LD_LIBRARY_PATH", folder.path())
+        .env("TIDEMILL_CACHE", folder.path().join("cache"))
+        .env_remove(library::FOLDERS_VARIABLE)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{mode}: {said}{}", String::from_utf8_lossy(&output.stderr));
+    let images = std::fs::read_dir(folder.path().join("cache/images")).map_or(0, Iterator::count);
+    format!("{said}{images} images kept\n")
+}
+
+/// The device does over cudarc and a driver what the emulation does.
+#[test]
+fn the_driver_is_used_as_it_must_be() {
+    if cfg!(feature = "cuda-tests") {
+        return;
+    }
+    let modules = ["device", "gemm", "rms_norm", "scale_outer"].map(|name| format!("gpu::tests::{name}::"));
+    let tests: Vec<&str> = modules.iter().map(String::as_str).collect();
+    let said = with_fake_driver("take", &tests);
+    assert!(said.contains("a_graph_does_again_what_was_recorded ... ok"), "{said}");
+    // A driver that takes no embedded image: the sources are compiled, and kept for the next start.
+    let said = with_fake_driver("refuse", &["gpu::tests::device::", "gpu::tests::rms_norm::"]);
+    assert!(said.contains("\n1 images kept"), "{said}");
 }

@@ -1,3 +1,5 @@
+//! Scales of rows and columns, on outputs of both kinds and of more columns than a block has.
+
 use super::*;
 use crate::gpu::device::{Address, Gemm, GemmInput, GemmOutput};
 use crate::gpu::ops::scale_outer;

@@ -1,0 +1,123 @@
+#!/bin/sh
+# Tests and benchmarks on a machine with an NVIDIA GPU that need not have Rust, nor this repository.
+#
+#   gpu_tests.sh build [DIR]     here: builds what is needed into DIR (out/gpu) and prints what to carry there
+#   gpu_tests.sh run [RESULTS]   there, beside what was built: tests, the checks of compute-sanitizer, a soak, and
+#                                benchmarks; writes a log of each and summary.json to RESULTS (results); fails if
+#                                a step failed
+#
+# For `run`: libraries are looked for where TIDEMILL_CUDA_LIBRARIES says, else in the packages of python3, else where
+# the system has them. SOAK_SECONDS (120) is how long the tests are repeated, STEP_SECONDS (240) how long any other
+# step may take, MODELS the names or paths of models for the benchmarks (none if empty), STEPS which of
+# `test memcheck racecheck soak bench` are done (all).
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+say() { printf 'gpu_tests: %s\n' "$*" >&2; }
+
+build() {
+    cd "$here/.."
+    dir=${1:-out/gpu}
+    mkdir -p "$dir"
+    sh scripts/cuda.sh fetch >/dev/null
+    say "building the tests (some minutes when cold)"
+    tests=$(cargo test --locked -p tidemill-kernels --lib --features cuda-tests --no-run --message-format=json \
+        | python3 -c '
+import json, sys
+for message in map(json.loads, sys.stdin):
+    if message.get("executable") and message["target"]["name"] == "tidemill_kernels": print(message["executable"])')
+    say "building the program"
+    cargo build --release --locked -p tidemill --bin tidemill
+    cp "$tests" "$dir/kernel-tests"
+    cp "${CARGO_TARGET_DIR:-target}/release/tidemill" "$dir/tidemill"
+    strip --strip-debug "$dir/kernel-tests" "$dir/tidemill"
+    cp "$0" "$dir/gpu_tests.sh"
+    say "carry these, then run there: sh $dir/gpu_tests.sh run RESULTS"
+    ls "$dir/kernel-tests" "$dir/tidemill" "$dir/gpu_tests.sh"
+}
+
+# Folders of CUDA's libraries in the packages of Python, as PyTorch brings them.
+python_libraries() {
+    python3 -c '
+import glob, site, sys
+folders = [folder for path in sys.path + site.getsitepackages() for folder in glob.glob(path + "/nvidia/*/lib")]
+print(":".join(dict.fromkeys(folders)))' 2>/dev/null || true
+}
+
+# step NAME SECONDS COMMAND...: at most so long, its output in NAME.log, its result in the summary.
+step() {
+    name=$1 seconds=$2
+    shift 2
+    case " ${STEPS:-test memcheck racecheck soak bench} " in *" ${name%%-*} "*) ;; *) return 0 ;; esac
+    say "$name (at most $seconds s)"
+    began=$(date +%s)
+    rc=0
+    timeout -k 10 "$seconds" "$@" >"$results/$name.log" 2>&1 || rc=$?
+    took=$(($(date +%s) - began))
+    result=failed
+    [ $rc != 0 ] || result=passed
+    # Under some containers the tool cannot be used, which says nothing of the kernels.
+    ! grep -q 'Device not supported' "$results/$name.log" || result=refused
+    [ $result != failed ] || { failures=$((failures + 1)); tail -n 20 "$results/$name.log" >&2; }
+    counts=$(sed -n 's/^test result: .* \([0-9]*\) passed; \([0-9]*\) failed;.*/\1 passed, \2 failed/p' \
+        "$results/$name.log" | tail -n 1)
+    say "$name: $result in $took s${counts:+, $counts}"
+    printf '%s{"step": "%s", "result": "%s", "exit_status": %s, "seconds": %s, "tests": "%s"}' \
+        "$separator" "$name" "$result" "$rc" "$took" "$counts" >>"$results/steps"
+    separator=',
+  '
+}
+
+# Again and again until the time is over.
+soak() {
+    until=$(($(date +%s) + $1))
+    rounds=0
+    while [ "$(date +%s)" -lt "$until" ]; do
+        "$here/kernel-tests" gpu::tests --quiet || return 1
+        rounds=$((rounds + 1))
+    done
+    echo "$rounds rounds"
+}
+
+run() {
+    results=${1:-results}
+    mkdir -p "$results"
+    results=$(cd "$results" && pwd)
+    rm -f "$results/steps"
+    failures=0 separator=''
+    : "${TIDEMILL_CUDA_LIBRARIES:=$(python_libraries)}"
+    export TIDEMILL_CUDA_LIBRARIES
+    limit=${STEP_SECONDS:-240}
+    gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | head -n 1) || true
+    say "${gpu:-nvidia-smi says of no GPU}"
+
+    # What is left out looks into the sources.
+    step test "$limit" "$here/kernel-tests" gpu::tests gpu::cuda --skip all_driver_functions_are_looked_for
+    if command -v compute-sanitizer >/dev/null 2>&1; then
+        for tool in memcheck racecheck; do
+            step $tool "$limit" compute-sanitizer --tool $tool --error-exitcode 9 \
+                "$here/kernel-tests" gpu::tests --test-threads 1
+        done
+    else
+        say "compute-sanitizer is not there"
+    fi
+    step soak $((${SOAK_SECONDS:-120} + limit)) sh "$here/gpu_tests.sh" soak "${SOAK_SECONDS:-120}"
+    for model in ${MODELS:-}; do
+        name=bench-$(basename "$model" .gguf)
+        step "$name" "$limit" "$here/tidemill" bench engine --model "$model" --json "$results/$name.json"
+    done
+    printf '{"gpu": "%s", "steps": [\n  %s\n]}\n' "$gpu" "$(cat "$results/steps")" \
+        >"$results/summary.json"
+    rm -f "$results/steps"
+    [ $failures = 0 ] || { say "$failures steps failed; the logs are in $results"; exit 1; }
+}
+
+[ $# -ge 1 ] && [ $# -le 2 ] || usage
+command=$1
+shift
+case $command in
+    build | run | soak) $command "$@" ;;
+    *) usage ;;
+esac
