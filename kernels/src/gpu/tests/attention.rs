@@ -1,3 +1,5 @@
+//! Attention over pages of ragged batches against plain loops, and bit for bit against itself in other company.
+
 mod world;
 
 use self::world::{OnDevice, Seq, World};
