@@ -8,6 +8,7 @@ mod attention;
 mod device;
 mod experts;
 mod gemm;
+mod host_time;
 mod log_probs;
 mod mistakes;
 mod model;
