@@ -44,9 +44,7 @@ struct Event {
   Stream* stream = nullptr;
   uint64_t end = 0;
 };
-struct Module {
-  std::string only;  // the source, where NVRTC made it
-};
+struct Module {};
 struct Function {
   std::string name;
   unsigned shared = 48 << 10;
@@ -252,13 +250,13 @@ API int cuModuleLoadData(Module** out, const char* image) {
   bool is_made_here = !strncmp(image, "FAKE ", 5);
   if (mode && !strcmp(mode, "refuse") && !is_made_here)
     return NO_BINARY;
-  return *out = new Module{is_made_here ? image + 5 : ""}, OK;
+  return *out = new Module, OK;
 }
 API int cuModuleUnload(Module* module) {
   ENTER return delete module, OK;
 }
-API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
-  ENTER if (!module->only.empty() && module->only.find(name) == std::string::npos) return NOT_FOUND;
+API int cuModuleGetFunction(Function** out, Module*, const char* name) {
+  ENTER if (!cuda_emu_param_bytes(name)) return NOT_FOUND;
   return *out = new Function{name}, OK;
 }
 API int cuFuncSetAttribute(Function* function, int attribute, int value) {
