@@ -1,7 +1,6 @@
 //! Whole tiny models of every family through the emulated kernels, against the f32 reference and against themselves
 //! under other schedules.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use super::*;
@@ -16,7 +15,7 @@ const MODEL_BF16_TOLERANCE: f32 = 0.04;
 const MODEL_E4M3_TOLERANCE: f32 = 0.25;
 
 fn checkpoint(family: &str) -> Checkpoint {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/tiny");
+    let tiny = sources().join("tests/reference/tiny");
     Checkpoint::open(&tiny.join(family)).unwrap()
 }
 
