@@ -83,4 +83,6 @@ test: setup cuda models kafka ## set up and run every check and test that needs 
 	@cargo clippy --locked --workspace --all-targets -- -D warnings
 	@echo "test: tests"
 	@bash -o pipefail -c 'cargo test --locked --workspace -- --quiet 2>&1 | tee $(CARGO_TARGET_DIR)/test.log'
+	@echo "test: kernels for GPUs, under AddressSanitizer"
+	@sh scripts/asan.sh
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' $(CARGO_TARGET_DIR)/test.log

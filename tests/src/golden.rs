@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde::Deserialize;
+use tidemill_kernels::gpu::{GpuModel, GpuModelConfig, GpuWeights, KvMemory};
 use tidemill_kernels::models::{KvConfig, ModelWeights, NumericPath, Transformer};
 use tidemill_kernels::step::{Model, PageId, SamplingParams, StepBatch};
 
@@ -14,6 +15,83 @@ pub const REFERENCE_TOLERANCE: f64 = 1e-3;
 /// The fast path rounds everything that meets in a product to bytes: single logits move by some percent of the
 /// largest one, without a bias. What that costs in quality is held by the test of perplexity.
 pub const FAST_TOLERANCE: f64 = 0.1;
+/// Activations, keys and values keep 8 bits of mantissa between the ops.
+pub const BF16_TOLERANCE: f64 = 0.05;
+
+/// Tokens of the largest step on a GPU.
+const MAX_GPU_TOKENS: u32 = 8192;
+
+/// The weights of one numeric path, of which models are made.
+pub trait GoldenWeights {
+    /// Names the path.
+    fn path(&self) -> String;
+    fn vocab_size(&self) -> usize;
+    /// Greedy tokens are those of the golden file.
+    fn is_exact(&self) -> bool;
+    fn model(&self, kv: KvConfig, schedule: &Schedule) -> Box<dyn GoldenModel>;
+}
+
+/// A model that shows its logits.
+pub trait GoldenModel: Model {
+    /// After the last row of every sequence.
+    fn logits_of(&mut self, batch: &StepBatch) -> Vec<f32>;
+}
+
+impl GoldenWeights for Arc<ModelWeights> {
+    fn path(&self) -> String {
+        format!("{:?}", self.path)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size as usize
+    }
+
+    fn is_exact(&self) -> bool {
+        self.path == NumericPath::Reference
+    }
+
+    fn model(&self, kv: KvConfig, schedule: &Schedule) -> Box<dyn GoldenModel> {
+        let model = Transformer::new(Arc::clone(self), kv, schedule.num_threads, "golden", "golden");
+        Box::new(model.expect("a small cache"))
+    }
+}
+
+impl GoldenModel for Transformer {
+    fn logits_of(&mut self, batch: &StepBatch) -> Vec<f32> {
+        self.logits(batch)
+    }
+}
+
+impl GoldenWeights for Arc<GpuWeights> {
+    fn path(&self) -> String {
+        format!("{:?}", self.options)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size as usize
+    }
+
+    fn is_exact(&self) -> bool {
+        false
+    }
+
+    fn model(&self, kv: KvConfig, schedule: &Schedule) -> Box<dyn GoldenModel> {
+        let config = GpuModelConfig {
+            page_size: kv.page_size,
+            kv_memory: KvMemory::Pages(kv.num_pages),
+            max_num_batched_tokens: MAX_GPU_TOKENS,
+            max_num_seqs: schedule.num_seqs as u32,
+            num_host_pages: 0,
+        };
+        Box::new(GpuModel::new(Arc::clone(self), config, "golden", "golden").expect("a small cache"))
+    }
+}
+
+impl GoldenModel for GpuModel {
+    fn logits_of(&mut self, batch: &StepBatch) -> Vec<f32> {
+        self.logits(batch).expect("the device works")
+    }
+}
 
 #[derive(Deserialize)]
 pub struct Golden {
@@ -75,16 +153,16 @@ impl Golden {
 
     /// Logits within the tolerance; on the reference path the greedy tokens are the same, too.
     #[track_caller]
-    pub fn check(&self, weights: &Arc<ModelWeights>, tolerance: f64, what: &str) {
+    pub fn check(&self, weights: &dyn GoldenWeights, tolerance: f64, what: &str) {
         let worst = self.worst_error(weights, what);
-        println!("{what}, {:?}: largest relative error of the logits {worst:.2e}", weights.path);
-        assert!(worst < tolerance, "{what}: the logits of {:?} are off by {worst}", weights.path);
+        println!("{what}, {}: largest relative error of the logits {worst:.2e}", weights.path());
+        assert!(worst < tolerance, "{what}: the logits of {} are off by {worst}", weights.path());
     }
 
     /// The golden answers are forced, so that each step is compared on the same tokens.
     #[track_caller]
-    fn worst_error(&self, weights: &Arc<ModelWeights>, what: &str) -> f64 {
-        let vocab_size = weights.config.vocab_size as usize;
+    fn worst_error(&self, weights: &dyn GoldenWeights, what: &str) -> f64 {
+        let vocab_size = weights.vocab_size();
         let mut model = model(weights, &BASE, &self.prompts);
         let prompts = self.prompts.iter().enumerate();
         let mut seqs: Vec<Seq> = prompts.map(|(i, prompt)| Seq::new(i, prompt, &BASE)).collect();
@@ -95,14 +173,14 @@ impl Golden {
             for &i in &active {
                 seqs[i].push_chunk(&mut batch, BASE.chunk_len);
             }
-            let logits = model.logits(&batch);
+            let logits = model.logits_of(&batch);
             for (&i, logits) in active.iter().zip(logits.chunks_exact(vocab_size)) {
                 let (seq, prompt) = (&mut seqs[i], &self.prompts[i]);
                 if seq.num_computed < seq.token_ids.len() {
                     continue;
                 }
                 let step = seq.token_ids.len() - prompt.token_ids.len();
-                if weights.path == NumericPath::Reference {
+                if weights.is_exact() {
                     assert_eq!(argmax(logits), prompt.greedy[step], "{what}: prompt {i}, token {step}");
                 }
                 for expected in prompt.logits.iter().filter(|expected| expected.step == step) {
@@ -116,7 +194,7 @@ impl Golden {
 
     /// The same bits for every schedule.
     #[track_caller]
-    pub fn check_schedules(&self, weights: &Arc<ModelWeights>, schedules: &[Schedule], what: &str) {
+    pub fn check_schedules(&self, weights: &dyn GoldenWeights, schedules: &[Schedule], what: &str) {
         let expected = self.run(weights, &BASE);
         for schedule in schedules {
             let actual = self.run(weights, schedule);
@@ -129,7 +207,7 @@ impl Golden {
     }
 
     /// Answers all prompts greedily, with as many tokens as the golden answers.
-    fn run(&self, weights: &Arc<ModelWeights>, schedule: &Schedule) -> Vec<Answer> {
+    fn run(&self, weights: &dyn GoldenWeights, schedule: &Schedule) -> Vec<Answer> {
         let mut answers = Vec::new();
         for prompts in self.prompts.chunks(schedule.num_seqs) {
             let mut model = model(weights, schedule, prompts);
@@ -149,7 +227,7 @@ impl Golden {
             for seq in &mut seqs {
                 let mut batch = StepBatch::default();
                 seq.push_chunk(&mut batch, 1);
-                let last_logits = model.logits(&batch).iter().map(|logit| logit.to_bits()).collect();
+                let last_logits = model.logits_of(&batch).iter().map(|logit| logit.to_bits()).collect();
                 answers.push(Answer { token_ids: seq.token_ids.clone(), last_logits });
             }
         }
@@ -216,9 +294,8 @@ fn argmax(logits: &[f32]) -> u32 {
     best.expect("a vocabulary is not empty") as u32
 }
 
-fn model(weights: &Arc<ModelWeights>, schedule: &Schedule, prompts: &[GoldenPrompt]) -> Transformer {
+fn model(weights: &dyn GoldenWeights, schedule: &Schedule, prompts: &[GoldenPrompt]) -> Box<dyn GoldenModel> {
     let longest = prompts.iter().map(|prompt| prompt.num_pages(schedule)).max().unwrap_or(1);
     let kv = KvConfig { page_size: schedule.page_size, num_pages: (longest * schedule.num_seqs) as u32 };
-    Transformer::new(Arc::clone(weights), kv, schedule.num_threads, "golden", "golden")
-        .expect("a small cache")
+    weights.model(kv, schedule)
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod golden;
+pub mod gpu;
 pub mod kafka;
 
 use std::fs::{self, File};

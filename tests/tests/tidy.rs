@@ -24,7 +24,16 @@ const EDGES: [(&str, &[&str]); 6] = [
     ("tidemill-operators", &["tidemill-kernels"]),
     // The pipeline names kernels only to open weights and build the `Model` that it hands to the operators.
     ("tidemill", &["tidemill-connectors", "tidemill-kernels", "tidemill-operators"]),
-    ("tidemill-tests", &["tidemill", "tidemill-connectors", "tidemill-kernels", "tidemill-operators"]),
+    (
+        "tidemill-tests",
+        &[
+            "tidemill",
+            "tidemill-connectors",
+            "tidemill-cuda-emulation",
+            "tidemill-kernels",
+            "tidemill-operators",
+        ],
+    ),
 ];
 
 const FOLDERS: [&str; 10] = [

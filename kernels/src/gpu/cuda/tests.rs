@@ -124,7 +124,8 @@ fn the_driver_is_used_as_it_must_be() {
     if cfg!(feature = "cuda-tests") {
         return;
     }
-    let modules = ["device", "gemm", "rms_norm", "scale_outer"].map(|name| format!("gpu::tests::{name}::"));
+    let modules =
+        ["device", "gemm", "model", "rms_norm", "scale_outer"].map(|name| format!("gpu::tests::{name}::"));
     let tests: Vec<&str> = modules.iter().map(String::as_str).collect();
     let said = with_fake_driver("take", &tests);
     assert!(said.contains("a_graph_does_again_what_was_recorded ... ok"), "{said}");

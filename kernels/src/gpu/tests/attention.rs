@@ -1,8 +1,9 @@
+//! Attention over pages of ragged batches against plain loops, and bit for bit against itself in other company.
+
 mod world;
 
 use self::world::{OnDevice, Seq, World};
 use super::*;
-use crate::gpu::emulated::EmulatedDevice;
 use crate::gpu::plan::{AttentionPlan, PlanLayout, PlanSize};
 
 /// Decodes of many lengths, a prefill, a chunk behind a long prefix, a few rows to verify, a first token.
@@ -46,7 +47,7 @@ fn check(world: World, seqs: &[Seq]) {
 
 /// Under one order.
 fn run(world: World, seqs: &[Seq]) -> Vec<u16> {
-    let device = EmulatedDevice::new(2).shared();
+    let device = device(2);
     world.run(&device, seqs).into_iter().map(bf16::to_bits).collect()
 }
 

@@ -164,7 +164,7 @@ fn every_route_is_multiplied_by_its_expert() {
 fn a_product_does_not_depend_on_the_batch() {
     let (n, k) = (72, 264);
     let (x, weight) = (random(1, 200 * k), random(2, 3 * n * k));
-    let device = EmulatedDevice::new(3).shared();
+    let device = device(3);
     let together = products(&device, (n, k), (&x, &weight), &[0, 10, 140, 200], None);
     // Route 77 is of expert 1, in its second tile; alone, it is the only one.
     let alone = products(&device, (n, k), (&x, &weight), &[0, 0, 1, 1], Some(&[77]));

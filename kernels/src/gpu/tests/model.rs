@@ -61,7 +61,7 @@ fn logits_are_those_of_the_reference() {
             batch.push(prompt, 0, &pages(seq, 16), Some(SamplingParams::GREEDY));
         }
         let expected = reference(family).logits(&batch);
-        let device = EmulatedDevice::new(0).shared();
+        let device = device(0);
         for deterministic in [false, true] {
             let options = GpuOptions { deterministic, ..GpuOptions::default() };
             let actual = model(&device, family, options, 16).logits(&batch).unwrap();
@@ -96,7 +96,7 @@ fn answers(
     sampling: SamplingParams,
     schedule: &Schedule,
 ) -> Vec<Vec<u32>> {
-    let device = EmulatedDevice::new(schedule.order).shared();
+    let device = device(schedule.order);
     let options = GpuOptions { deterministic: true, ..GpuOptions::default() };
     let mut model = model(&device, family, options, schedule.page_size);
     let groups: Vec<Vec<usize>> = match schedule.together {

@@ -1,3 +1,5 @@
+//! The norm that takes the residual along, in both forms of its output.
+
 use super::*;
 use crate::gpu::e4m3;
 use crate::gpu::ops::{RmsNorm, RowsOut, rms_norm};

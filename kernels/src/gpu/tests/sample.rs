@@ -120,7 +120,7 @@ fn draws_what_the_cpu_draws() {
 fn a_large_vocabulary_is_drawn_from() {
     let cases = mixed_cases(151_937, 8);
     let expected: Vec<_> = cases.iter().map(Case::expected).collect();
-    assert_eq!(draw(&EmulatedDevice::new(4).shared(), &cases), expected);
+    assert_eq!(draw(&device(4), &cases), expected);
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn draws_follow_the_probabilities() {
     let cases: Vec<Case> = (0..NUM_DRAWS as u32)
         .map(|position| Case { position, ..Case::new(&logits, params(0.8, 0, 1.0, 3)) })
         .collect();
-    let drawn = draw(&EmulatedDevice::new(0).shared(), &cases);
+    let drawn = draw(&device(0), &cases);
     let mut counts = [0.0; 24];
     for (drawn, case) in drawn.iter().zip(&cases) {
         counts[(*drawn).unwrap() as usize] += 1.0;
@@ -249,7 +249,7 @@ fn bad_rows_leave_others_alone() {
 
 #[test]
 fn a_draw_does_not_depend_on_the_batch() {
-    let device = EmulatedDevice::new(2).shared();
+    let device = device(2);
     let cases = mixed_cases(2501, 12);
     let together = draw(&device, &cases);
     let reversed: Vec<Case> = cases.iter().rev().cloned().collect();

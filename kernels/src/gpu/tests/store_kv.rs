@@ -1,3 +1,5 @@
+//! What happens to heads between their matrix and attention, and copies from page to page.
+
 use super::*;
 use crate::backend::{AttentionShape, Backend, RopeTable};
 use crate::gpu::e4m3;

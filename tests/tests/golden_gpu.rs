@@ -1,0 +1,77 @@
+//! Holds the path of GPUs to the golden logits of Hugging Face transformers, for every family, and to itself under other
+//! schedules. Without a GPU the kernels run on the CPU, on tiny models and short prompts.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use tidemill_kernels::gpu::{Gpu, GpuOptions, GpuWeights};
+use tidemill_kernels::models::Checkpoint;
+use tidemill_tests::golden::{BF16_TOLERANCE, Golden, OTHER_SCHEDULES};
+use tidemill_tests::gpu::on_gpu;
+use tidemill_tests::workspace;
+
+/// Folder, and whether there is a GGUF file with the same weights.
+const MODELS: [(&str, bool); 6] = [
+    ("llama3", true),
+    ("mistral", false),
+    ("qwen2", true),
+    ("qwen3", true),
+    ("qwen3_moe", true),
+    ("gemma3", true),
+];
+
+const DETERMINISTIC: GpuOptions = GpuOptions {
+    deterministic: true,
+    weight_dtype: tidemill_kernels::gpu::WeightDtype::Bf16,
+    kv_dtype: tidemill_kernels::gpu::KvDtype::Bf16,
+};
+
+fn load(path: &std::path::Path, options: GpuOptions) -> Result<Arc<GpuWeights>> {
+    Ok(GpuWeights::load(&Gpu::open(0)?, &Checkpoint::open(path)?, options)?)
+}
+
+/// All of it on a GPU, a part where one is emulated.
+fn golden(name: &str) -> Golden {
+    let golden = Golden::read(name);
+    if cfg!(feature = "cuda-tests") { golden } else { golden.shortened(0..3, 6) }
+}
+
+#[test]
+fn families_equal_transformers() -> Result<()> {
+    on_gpu("families_equal_transformers", || {
+        for (name, has_gguf) in MODELS {
+            let folder = workspace().join("tests/reference/tiny").join(name);
+            let golden = golden(&format!("tiny/{name}/golden.json"));
+            golden.check(&load(&folder, GpuOptions::default())?, BF16_TOLERANCE, name);
+            if has_gguf {
+                let weights = load(&folder.join("model.gguf"), DETERMINISTIC)?;
+                golden.check(&weights, BF16_TOLERANCE, &format!("{name}, GGUF"));
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn deterministic_answers_have_the_same_bits_for_every_schedule() -> Result<()> {
+    on_gpu("deterministic_answers_have_the_same_bits_for_every_schedule", || {
+        for name in ["qwen3", "gemma3"] {
+            let folder = workspace().join("tests/reference/tiny").join(name);
+            let golden = golden(&format!("tiny/{name}/golden.json"));
+            golden.check_schedules(&load(&folder, DETERMINISTIC)?, &OTHER_SCHEDULES, name);
+        }
+        Ok(())
+    })
+}
+
+/// The real models, where they take seconds.
+#[cfg(feature = "cuda-tests")]
+#[test]
+fn real_models_equal_transformers() -> Result<()> {
+    use tidemill_tests::default_model;
+    let weights = load(&default_model(), DETERMINISTIC)?;
+    let golden = Golden::read("smollm2-135m.json");
+    golden.check(&weights, BF16_TOLERANCE, "SmolLM2");
+    golden.shortened(0..10, 16).check_schedules(&weights, &OTHER_SCHEDULES, "SmolLM2");
+    Ok(())
+}
