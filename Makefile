@@ -11,7 +11,7 @@ export TIDEMILL := $(CARGO_TARGET_DIR)/release/tidemill
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build models data demo demo-kafka kafka cuda chaos burst bench peers test
+.PHONY: help setup build models data demo demo-kafka kafka cuda chaos burst bench gpu-bench peers test
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -64,6 +64,10 @@ bench: build ## measure the engine and the offline job beside the machine's own 
 	@mkdir -p out
 	@$(TIDEMILL) bench engine --json out/bench-engine.json
 	@$(TIDEMILL) bench offline --json out/bench-offline.json
+
+gpu-bench: build ## measure random weights on a GPU beside its peaks, the goals and a peer (PEER_PYTHON has torch)
+	@mkdir -p out
+	@python3 scripts/gpu_bench.py --python "$(or $(PEER_PYTHON),python3)" --json out/gpu-bench.json
 
 peers: build ## run Tidemill beside other engines that are installed (scripts/peers/README.md)
 	@$(TIDEMILL) models pull $(MODEL)

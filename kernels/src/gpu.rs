@@ -11,6 +11,7 @@ mod image;
 mod memory;
 mod model;
 mod ops;
+pub mod peak;
 mod plan;
 mod weights;
 

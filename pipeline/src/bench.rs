@@ -5,6 +5,7 @@
 
 mod connectors;
 mod engine;
+mod gpu;
 mod grouping;
 mod linear;
 mod machine;
@@ -48,16 +49,55 @@ pub enum Bench {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  tidemill bench engine --repeat 1 --json engine.json")]
+#[command(after_help = "Examples:\n  tidemill bench engine --repeat 1 --json engine.json\n  \
+    tidemill bench engine --device cuda --shape qwen3-8b --dtype fp8 --only decode")]
 pub struct EngineArgs {
     /// A name from `tidemill models list`, or the path of a model
     #[arg(long, default_value = CATALOGUE[0].name)]
     model: String,
-    /// Threads of the engine; as many as there are cores if left out
+    /// `cpu`, or a GPU: `cuda` or `cuda:N`
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    device: Device,
+    /// Threads of the engine on a CPU; as many as there are cores if left out
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// On a GPU: random weights of this shape instead of a model
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<gpu::Shape>,
+    /// On a GPU: the numbers of weights
+    #[arg(long, default_value = "bf16")]
+    dtype: gpu::Dtype,
+    /// On a GPU: the numbers of keys and values
+    #[arg(long, default_value = "bf16")]
+    kv_cache_dtype: gpu::Dtype,
+    /// On a GPU: answers do not depend on the batch
+    #[arg(long)]
+    deterministic: bool,
+    /// On a GPU: requests of each job
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
+    requests: u16,
+    /// On a GPU: only workloads whose name holds this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
     #[command(flatten)]
     common: CommonArgs,
+}
+
+/// Where an engine alone is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Device {
+    Cpu,
+    Cuda(usize),
+}
+
+fn device(name: &str) -> Result<Device, String> {
+    let ordinal = |number: &str| number.parse().map(Device::Cuda).ok();
+    match name {
+        "cpu" => Some(Device::Cpu),
+        "cuda" => Some(Device::Cuda(0)),
+        _ => name.strip_prefix("cuda:").and_then(ordinal),
+    }
+    .ok_or_else(|| "known are: cpu, cuda and cuda:N".to_owned())
 }
 
 #[derive(Debug, Args)]
@@ -145,6 +185,8 @@ pub enum BenchError {
     },
     #[error("the model {name:?} has no weights to score with")]
     NoWeights { name: String },
+    #[error("random weights of a shape are made on a GPU only")]
+    ShapeOnCpu,
     #[error(transparent)]
     Definition(#[from] Box<SpecError>),
     #[error(transparent)]
@@ -173,6 +215,7 @@ impl BenchError {
             Self::Kafka(error) => error.help(),
             Self::Run(error) => error.help(),
             Self::Definition(error) => error.help.clone(),
+            Self::ShapeOnCpu => Some("add --device cuda, or name a --model instead".to_owned()),
             Self::NoRequests { .. } => {
                 Some("make the requests with: python3 scripts/offline_job.py".to_owned())
             }
@@ -185,8 +228,18 @@ impl BenchError {
 pub fn bench(command: &Bench) -> Result<(), BenchError> {
     match command {
         Bench::Engine(args) => {
-            let report = engine::measure(args)?;
-            finish(&report.render(), &report, args.common.json.as_deref())
+            let json = args.common.json.as_deref();
+            match args.device {
+                Device::Cpu if args.shape.is_some() => Err(BenchError::ShapeOnCpu),
+                Device::Cpu => {
+                    let report = engine::measure(args)?;
+                    finish(&report.render(), &report, json)
+                }
+                Device::Cuda(ordinal) => {
+                    let report = gpu::measure(args, ordinal)?;
+                    finish(&report.render(), &report, json)
+                }
+            }
         }
         Bench::Offline(args) => {
             let report = offline::measure(args)?;

@@ -13,7 +13,7 @@ use tidemill_operators::document::{Document, DocumentId, Lease};
 use tidemill_operators::group::distinct::distinct_tokens;
 use tidemill_operators::tokenize::PromptBuilder;
 
-use crate::models::load::{LoadError, load};
+use crate::models::load::{LoadError, load_engines};
 use crate::plan::{Checked, GeneratePlan, Input, Plan, Target};
 use crate::summary::{share, thousands};
 
@@ -35,6 +35,12 @@ pub struct StepCost {
 pub struct Explanation {
     pub name: String,
     pub model: String,
+    /// Where the model would run, such as `cpu` or `cuda:0 (NVIDIA H200) in bf16`.
+    pub device: String,
+    /// The reason, where a GPU was looked for in vain.
+    pub why_no_gpu: Option<String>,
+    /// Settings that have no effect there.
+    pub notes: Vec<String>,
     pub input: String,
     pub files: usize,
     pub documents: u64,
@@ -75,11 +81,14 @@ pub fn explain(checked: Checked, say: &dyn Fn(&str)) -> Result<Explanation, Expl
             source
         }
     };
-    let loaded = load(&plan.model, &plan.model_name, plan.devices, say)?;
-    let engines = loaded.engines(&plan.engine, plan.devices)?;
+    let engines = load_engines(&plan.model, &plan.model_name, &plan.devices, &plan.engine, say)?;
+    let placement = &engines.placement;
     let mut explanation = Explanation {
         name: plan.name.clone(),
         model: plan.model_name.clone(),
+        device: placement.device.clone(),
+        why_no_gpu: placement.why_no_gpu.clone(),
+        notes: placement.notes.clone(),
         input: plan.source_name.clone(),
         files: source.inputs().len(),
         documents: 0,
@@ -201,6 +210,13 @@ impl Explanation {
             line("  malformed", thousands(self.malformed));
         }
         line("model", self.model.clone());
+        line("  device", self.device.clone());
+        if let Some(why) = &self.why_no_gpu {
+            line("  no GPU is used", why.clone());
+        }
+        for note in &self.notes {
+            line("  note", note.clone());
+        }
         line("  longest sequence", format!("{} tokens", thousands(self.max_seq_len.into())));
         line("  KV cache", format!("{} tokens for each engine", thousands(self.kv_tokens)));
         for (name, cost) in &self.steps {

@@ -3,6 +3,7 @@
 pub mod catalogue;
 pub mod digest;
 pub mod folder;
+pub mod gpu;
 pub mod hub;
 pub mod load;
 pub mod pull;

@@ -5,6 +5,7 @@
 //! [`run`](crate::run), since checking must not fetch or write anything.
 
 pub mod device;
+pub mod engine;
 pub mod kafka;
 pub mod steps;
 mod tenants;
@@ -29,6 +30,7 @@ use tidemill_operators::tenants::TenantPolicy;
 use tidemill_operators::tokenize::{InputNameFn, PromptBuilder, TextModel};
 
 use self::device::Devices;
+use self::engine::EnginePlan;
 use self::kafka::TopicPlan;
 use self::steps::{step_fields, steps};
 use crate::models::catalogue::{ModelRef, OTHER_NAMES, resolve};
@@ -46,10 +48,6 @@ const DEFAULT_CREDIT_BYTES: u64 = 256 << 20;
 const MAX_BATCH_ROWS: u64 = 64;
 /// Of a topic, where a batch is also no more than what is written in a moment.
 const MAX_TOPIC_ROWS: u64 = 1024;
-const DEFAULT_KV_CACHE_MEMORY: u64 = 192 << 20;
-const DEFAULT_PAGE_SIZE: u32 = 64;
-const DEFAULT_MAX_NUM_SEQS: u32 = 32;
-const DEFAULT_MAX_NUM_BATCHED_TOKENS: u32 = 512;
 pub const STDIO: &str = "-";
 
 type Result<T> = std::result::Result<T, Box<SpecError>>;
@@ -154,25 +152,6 @@ impl Input {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EnginePlan {
-    pub max_num_seqs: u32,
-    pub max_num_batched_tokens: u32,
-    pub page_size: u32,
-    pub kv_cache_bytes: u64,
-}
-
-impl Default for EnginePlan {
-    fn default() -> Self {
-        Self {
-            max_num_seqs: DEFAULT_MAX_NUM_SEQS,
-            max_num_batched_tokens: DEFAULT_MAX_NUM_BATCHED_TOKENS,
-            page_size: DEFAULT_PAGE_SIZE,
-            kv_cache_bytes: DEFAULT_KV_CACHE_MEMORY,
-        }
-    }
-}
-
 /// The most that is read and not yet written.
 #[derive(Clone, Copy, Debug)]
 pub struct CreditPlan {
@@ -203,7 +182,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
     let model = model(definition)?;
     let devices = device::devices(definition)?;
     let credit = credit(definition)?;
-    let engine = engine(definition)?;
+    let engine = engine::engine(definition, &devices)?;
     let (source, source_path) = source(definition, &credit)?;
     let source_name = match (&source_path, &spec.source) {
         (None, SourceSpec::Kafka(topics)) => kafka::name(topics),
@@ -216,7 +195,7 @@ pub fn check(definition: &Definition) -> Result<Checked> {
     if let Some(path) = &source_path {
         refuse_output_in_input(definition, path, &sink)?;
     }
-    let fingerprint = fingerprint(definition, devices, &steps);
+    let fingerprint = fingerprint(definition, &devices, &engine, &steps);
     let plan = Plan {
         name: spec.name.value.clone(),
         model,
@@ -291,33 +270,6 @@ fn credit(definition: &Definition) -> Result<CreditPlan> {
         documents: documents.unwrap_or(DEFAULT_CREDIT_DOCUMENTS),
         bytes: bytes.unwrap_or(DEFAULT_CREDIT_BYTES),
         tokens: at_least(definition, spec.tokens.as_ref(), 1, "credit.tokens", |tokens| *tokens)?,
-    })
-}
-
-fn engine(definition: &Definition) -> Result<EnginePlan> {
-    let spec = &definition.spec.engine;
-    let number = |value: Option<&Spanned<u32>>, key, default: u32| -> Result<u32> {
-        let number = at_least(definition, value, 1, key, |number| u64::from(*number))?;
-        Ok(number.map_or(default, |number| number as u32))
-    };
-    let page_size = number(spec.page_size.as_ref(), "engine.page_size", DEFAULT_PAGE_SIZE)?;
-    if let Some(value) = &spec.page_size
-        && !page_size.is_power_of_two()
-    {
-        let help = Some("16 is a good size".to_owned());
-        return Err(definition.error(value, "engine.page_size", "the page size is no power of two", help));
-    }
-    let kv_cache_bytes =
-        at_least(definition, spec.kv_cache_memory.as_ref(), 1, "engine.kv_cache_memory", |bytes| bytes.0)?;
-    Ok(EnginePlan {
-        max_num_seqs: number(spec.max_num_seqs.as_ref(), "engine.max_num_seqs", DEFAULT_MAX_NUM_SEQS)?,
-        max_num_batched_tokens: number(
-            spec.max_num_batched_tokens.as_ref(),
-            "engine.max_num_batched_tokens",
-            DEFAULT_MAX_NUM_BATCHED_TOKENS,
-        )?,
-        page_size,
-        kv_cache_bytes: kv_cache_bytes.unwrap_or(DEFAULT_KV_CACHE_MEMORY),
     })
 }
 
@@ -532,10 +484,15 @@ pub fn digest(fingerprint: &Value, inputs: &[InputFile]) -> String {
 }
 
 /// Everything that decides the output, and nothing that only decides how fast it comes.
-fn fingerprint(definition: &Definition, devices: Devices, steps: &[GeneratePlan]) -> Value {
+fn fingerprint(
+    definition: &Definition,
+    devices: &Devices,
+    engine: &EnginePlan,
+    steps: &[GeneratePlan],
+) -> Value {
     let spec = &definition.spec;
-    // The number of engines decides nothing.
-    let path = if devices == Devices::Reference { "reference" } else { "auto" };
+    let mut model = json!({ "name": spec.model.name.value, "device": devices.path() });
+    engine.add_numbers(&mut model);
     let files = |kind: &str, files: &FilesSpec| {
         let columns: Option<Vec<&str>> = files
             .columns
@@ -556,7 +513,7 @@ fn fingerprint(definition: &Definition, devices: Devices, steps: &[GeneratePlan]
         .collect();
     json!({
         "name": spec.name.value,
-        "model": { "name": spec.model.name.value, "device": path },
+        "model": model,
         "source": match &spec.source {
             SourceSpec::Parquet(parquet) => files("parquet", parquet),
             SourceSpec::Jsonl(jsonl) => files("jsonl", jsonl),

@@ -168,7 +168,7 @@ pub fn run_together(
     let pipelines: Vec<Opened> =
         all.into_iter().map(|checked| open(checked, options)).collect::<Result<_, _>>()?;
     let plans: Vec<&Plan> = pipelines.iter().filter_map(|opened| Some(&opened.as_ref().ok()?.plan)).collect();
-    let (running, lent) = engines::start(&plans, clock)?;
+    let (running, lent) = engines::start(&plans, options.progress, clock)?;
     let mut lent = lent.into_iter();
     let outcomes = std::thread::scope(|scope| {
         let threads: Vec<_> = pipelines
@@ -258,6 +258,7 @@ impl Pipeline {
         let tracer = plan.traces.as_ref().map(start_tracer).transpose()?;
         let tracing = tracer.as_ref().map(|tracer| tracer.tracing(&plan.model_name, trace_parent));
         let reads_topics = kafka.as_ref().is_some_and(|stats| stats.snapshot().reads_topics);
+        let device = Arc::clone(&lent.device);
         let shared = share(&plan, journal, &lent, tracing, reads_topics, options, clock);
         registry.add(&plan, &shared, kafka.clone(), tracer.clone());
         let total = source.num_rows().map(|rows| rows.saturating_sub(before.rows + before.errors));
@@ -286,7 +287,7 @@ impl Pipeline {
         if report.finished && kafka.is_some_and(|stats| stats.snapshot().is_cut_short()) {
             return Err(RunError::CutShort);
         }
-        conclude(&shared, report, clock)
+        conclude(&shared, report, &device, clock)
     }
 }
 
@@ -299,7 +300,7 @@ fn share(
     options: &RunOptions,
     clock: Clock,
 ) -> Shared {
-    let max_num_seqs = plan.engine.max_num_seqs as usize;
+    let max_num_seqs = lent.max_num_seqs as usize;
     // What an engine has in its queue stands before every tenant that comes later.
     let target = match &plan.tenants {
         Some(_) => max_num_seqs + max_num_seqs.div_ceil(TENANTS_QUEUE_DIVISOR),
@@ -340,11 +341,11 @@ fn share(
     }
 }
 
-fn conclude(shared: &Shared, report: SinkReport, clock: Clock) -> Result<Outcome, RunError> {
+fn conclude(shared: &Shared, report: SinkReport, device: &str, clock: Clock) -> Result<Outcome, RunError> {
     if let Some(message) = shared.failure.get() {
         return Err(RunError::Failed(message));
     }
-    let summary = Summary::new(&shared.counters, shared.work.tokens.peak(), clock.elapsed());
+    let summary = Summary::new(device, &shared.counters, shared.work.tokens.peak(), clock.elapsed());
     Ok(if report.over_budget {
         let total = report.rows + report.errors;
         Outcome::OverBudget { summary, errors: report.errors, total }
@@ -377,7 +378,7 @@ fn execute(
     clock: Clock,
 ) -> Result<(), RunError> {
     let reading: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
-    let Ends { lent: Lent { handles, text }, source, sink } = ends;
+    let Ends { lent: Lent { handles, text, .. }, source, sink } = ends;
     // Partitions are numbered as they are assigned.
     let names = source.names();
     let input_names =

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize};
 pub use serde_saphyr::{Location, Spanned};
 use tidemill_operators::infer::sequence::Priority;
 
@@ -47,6 +47,8 @@ pub struct ModelSpec {
     pub name: Spanned<String>,
     /// The same as `device` of the engine.
     pub device: Option<Spanned<DeviceSpec>>,
+    /// The same as `quantization` of the engine.
+    pub quantization: Option<Spanned<Quantization>>,
 }
 
 /// The names of one or more devices; each has an engine.
@@ -146,6 +148,31 @@ pub struct EngineSpec {
     pub max_num_batched_tokens: Option<Spanned<u32>>,
     pub page_size: Option<Spanned<u32>>,
     pub kv_cache_memory: Option<Spanned<Bytes>>,
+    /// The share of a GPU's memory that an engine may fill.
+    pub gpu_memory_utilization: Option<Spanned<f64>>,
+    /// Answers do not depend on what else is in the batch; on a CPU they never do.
+    pub deterministic: Option<bool>,
+    pub quantization: Option<Spanned<Quantization>>,
+    pub kv_cache_dtype: Option<Spanned<KvCacheDtype>>,
+}
+
+/// What weights are rounded to when they are loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// e4m3, with a scale for each output.
+    Fp8,
+}
+
+/// Numbers of keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvCacheDtype {
+    /// The device's own: bf16 on a GPU.
+    #[default]
+    Auto,
+    /// e4m3.
+    Fp8,
 }
 
 /// Bounds of what is read and not yet written.
@@ -332,7 +359,7 @@ impl<'de> Deserialize<'de> for DeviceSpec {
             type Value = DeviceSpec;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a device such as `cpu` or a list such as `[cpu:0, cpu:1]`")
+                f.write_str("a device such as `cuda` or `cpu`, or a list such as `[cuda:0, cuda:1]`")
             }
 
             fn visit_str<E: de::Error>(self, value: &str) -> Result<DeviceSpec, E> {

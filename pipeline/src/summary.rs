@@ -11,6 +11,8 @@ use tidemill_operators::counters::Counters;
 /// The figures of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Summary {
+    /// Where the model ran.
+    pub device: String,
     pub documents: u64,
     pub errors: u64,
     /// Answers that an earlier, interrupted run had journaled.
@@ -34,8 +36,9 @@ pub struct Summary {
 }
 
 impl Summary {
-    pub fn new(counters: &Counters, peak_tokens_in_flight: u64, wall: Duration) -> Self {
+    pub fn new(device: &str, counters: &Counters, peak_tokens_in_flight: u64, wall: Duration) -> Self {
         Self {
+            device: device.to_owned(),
             documents: Counters::get(&counters.documents_done),
             errors: Counters::get(&counters.errors),
             recalled: Counters::get(&counters.recalled),
@@ -70,6 +73,7 @@ impl Summary {
             ("  recomputed", thousands(self.recomputed_tokens)),
             ("prompt tokens/s", rate(self.prompt_tokens)),
             ("output tokens/s", rate(self.output_tokens)),
+            ("device", self.device.clone()),
             ("wall time", format!("{seconds:.1} s")),
             ("peak memory", format!("{:.0} MiB", self.peak_memory_bytes as f64 / (1 << 20) as f64)),
         ];

@@ -27,6 +27,24 @@ sink: { parquet: { path: out/results } }
 errors: { jsonl: { path: out/errors.jsonl }, budget: 50% }
 ";
 
+/// Keys of the engine, and what is said of them.
+const ENGINE_KEYS: [(&str, &[&str]); 11] = [
+    ("gpu_memory_utilization: 0", &["gpu_memory_utilization is 0", "at most 1", "such as 0.9"]),
+    ("gpu_memory_utilization: 1.5", &["gpu_memory_utilization is 1.5", "at most 1"]),
+    ("gpu_memory_utilization: .nan", &["gpu_memory_utilization is NaN"]),
+    ("gpu_memory_utilization: most", &["most"]),
+    ("deterministic: maybe", &["maybe"]),
+    ("quantization: int4", &["int4", "fp8"]),
+    ("kv_cache_dtype: int8", &["int8", "fp8"]),
+    ("device: cpu, quantization: fp8", &["engine.quantization is fp8", "needs a GPU", "computes with int8"]),
+    ("device: '[cpu:0]', kv_cache_dtype: fp8", &["no device", "[cpu:0]"]),
+    (
+        "device: [cpu:0, cpu:1], kv_cache_dtype: fp8",
+        &["kv_cache_dtype is fp8", "leave it out", "auto or cuda"],
+    ),
+    ("device: reference, quantization: fp8", &["the reference computes with f32"]),
+];
+
 fn articles(num_rows: usize) -> RecordBatch {
     RecordBatch::try_from_iter([
         ("id", Arc::new(Int64Array::from_iter_values(0..num_rows as i64)) as ArrayRef),
@@ -69,10 +87,26 @@ fn mistakes_in_a_definition_name_their_place() {
         ("[cpu:0, reference]", "\"reference\" stands where cpu:1 is expected"),
         ("[]", "names no device"),
         ("[gpu]", "no device \"gpu\""),
+        ("cuda:x", "no device \"cuda:x\""),
+        ("cpu:x", "no device \"cpu:x\""),
+        ("[cpu:0, cuda:1]", "\"cuda:1\" stands where cpu:1 is expected"),
+        ("[cuda:1, cpu:0]", "\"cpu:0\" stands where a GPU such as cuda:0 is expected"),
+        ("[cuda, cuda:1]", "\"cuda\" stands where a GPU such as cuda:0 is expected"),
+        ("[cuda:1, cuda:1]", "\"cuda:1\" is named twice"),
     ] {
         check(("steps:", &engine(device)), &["pipeline.yaml:4:19", "engine.device", message, "reference"]);
     }
     check(("steps:", &engine("7")), &["pipeline.yaml:4:", "a device such as"]);
+    for (keys, words) in ENGINE_KEYS {
+        check(
+            ("steps:", &format!("engine: {{ {keys} }}\nsteps:")),
+            &[&["pipeline.yaml:4:"][..], words].concat(),
+        );
+    }
+    let twice = "name: fake, quantization: fp8 }\nengine: { quantization: fp8";
+    check(("name: fake", twice), &["pipeline.yaml:2:", "given twice", "keep engine.quantization"]);
+    let on_cpu = "name: fake, device: cpu, quantization: fp8";
+    check(("name: fake", on_cpu), &["pipeline.yaml:2:", "model.quantization is fp8", "needs a GPU"]);
     check(("name: summary", "name: body"), &["pipeline.yaml:6:", "\"body\" that is there already"]);
     check(("name: summary", "name: two words"), &["pipeline.yaml:6:", "cannot name a column"]);
     check(("budget: 50%", "budget: half"), &["pipeline.yaml:12:", "half", "5%"]);

@@ -61,6 +61,14 @@ fn what_cannot_be_measured_is_said() {
     bench(&["engine", "--model", "smollm"], folder.path())
         .expect_code(2)
         .expect_words(&["smollm2-135m-instruct"]);
+    bench(&["engine", "--shape", "qwen3-8b"], folder.path())
+        .expect_code(1)
+        .expect_words(&["on a GPU only", "--device cuda"]);
+    bench(&["engine", "--device", "tpu"], folder.path()).expect_code(2).expect_words(&["cuda and cuda:N"]);
+    // No machine has so many.
+    bench(&["engine", "--device", "cuda:999", "--shape", "smollm2-135m"], folder.path())
+        .expect_code(1)
+        .expect_words(&["cannot use GPU cuda:999"]);
     fs::write(folder.path().join("requests.jsonl"), "{\"system\": \"a\", \"user\": \"b\"}\n").unwrap();
     let args = ["offline", "--requests", "requests.jsonl", "--model", "fake", "--device", "tpu"];
     bench(&args, folder.path()).expect_code(2).expect_words(&["no device \"tpu\"", "cpu:0"]);

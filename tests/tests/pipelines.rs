@@ -67,6 +67,21 @@ fn golden_pipelines_give_what_they_gave() {
     }
 }
 
+/// Without a model to load, so that what is said is the same on every machine.
+#[test]
+fn golden_pipelines_are_explained() {
+    for case in folders("tests/pipelines") {
+        let pipeline = copy(&case);
+        let ran = pipeline.run(&["explain"]).expect_code(0);
+        let got = ran.stdout().replace(pipeline.folder.path().to_str().unwrap(), "FOLDER");
+        let expected = case.join("expected-explain.txt");
+        if std::env::var_os("UPDATE_EXPECT").is_some() {
+            fs::write(&expected, &got).unwrap();
+        }
+        assert_eq!(got, fs::read_to_string(&expected).unwrap(), "{}", case.display());
+    }
+}
+
 #[test]
 fn every_example_checks_and_runs() {
     for case in folders("examples") {

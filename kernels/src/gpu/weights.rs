@@ -89,6 +89,7 @@ impl GpuWeights {
         let config = checkpoint.config()?;
         experts::check(&config, options)?;
         let heads = Heads::of(&config)?;
+        check_memory(&*gpu.device, &config, heads, options)?;
         let maker = Maker {
             device: Arc::clone(&gpu.device),
             options,
@@ -164,6 +165,37 @@ impl fmt::Debug for GpuWeights {
             .field("options", &self.options)
             .finish_non_exhaustive()
     }
+}
+
+/// Refuses what cannot fit before anything is copied.
+fn check_memory(
+    device: &dyn Device,
+    config: &ModelConfig,
+    heads: Heads,
+    options: GpuOptions,
+) -> Result<(), ModelError> {
+    let wanted = matrix_bytes(config, heads.stride, options);
+    let memory = device.memory()?;
+    if wanted > memory.free {
+        let (free, total) = (memory.free, memory.total);
+        return Err(DeviceError::OutOfMemory { wanted, free, total }.into());
+    }
+    Ok(())
+}
+
+/// Bytes of all matrices.
+fn matrix_bytes(config: &ModelConfig, stride: usize, options: GpuOptions) -> u64 {
+    let [hidden, intermediate, num_layers, vocab_size] =
+        [config.hidden_size, config.intermediate_size, config.num_layers, config.vocab_size].map(u64::from);
+    let heads = (2 * u64::from(config.num_heads) + 2 * u64::from(config.num_kv_heads)) * stride as u64;
+    let size = match options.weight_dtype {
+        WeightDtype::Bf16 => size_of::<bf16>(),
+        WeightDtype::E4m3 => 1,
+    };
+    let num_experts = config.experts.map_or(1, |experts| u64::from(experts.num_experts));
+    let num_tables = if config.tied_output { 1 } else { 2 };
+    num_layers * hidden * (heads + 3 * intermediate * num_experts) * size as u64
+        + num_tables * vocab_size * hidden * size_of::<bf16>() as u64
 }
 
 /// How heads are laid out.

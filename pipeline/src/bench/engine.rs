@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use serde::Serialize;
+use tidemill_kernels::models::NumericPath;
 use tidemill_kernels::step::SamplingParams;
 use tidemill_operators::infer::engine::{Engine, EngineStats};
 use tidemill_operators::infer::sequence::{SequenceId, SequenceRequest};
@@ -20,9 +21,9 @@ use super::machine::Machine;
 use super::{BenchError, EngineArgs, io_error, median, model, table};
 use crate::clock::Clock;
 use crate::cores::Cores;
-use crate::models::load::{LoadedModel, load};
-use crate::plan::EnginePlan;
+use crate::models::load::{Compute, LoadedModel, load};
 use crate::plan::device::Devices;
+use crate::plan::engine::EnginePlan;
 use crate::summary::peak_memory_bytes;
 
 /// Tokens of a prefill in one step, as in the default of a definition.
@@ -36,6 +37,7 @@ const MIXED_DECODES: u32 = 32;
 /// Tokens the KV cache must hold for the largest shape, with room for page ends.
 const KV_TOKENS: u64 = 16 * (PREFIX_LEN + ANSWER_LEN + 32) as u64;
 const PROMPT: &str = "The capital of France is";
+const FAST: Compute<'_> = Compute::Cpu(NumericPath::Fast);
 
 #[derive(Clone, Copy, Debug)]
 enum Shape {
@@ -84,7 +86,7 @@ pub(super) fn measure(args: &EngineArgs) -> Result<EngineReport, BenchError> {
     let clock = Clock::start();
     let num_threads = args.threads.map_or_else(|| Cores::available().num_cores(), usize::from);
     let repeat = usize::from(args.common.repeat);
-    let loaded = load(&model(&args.model)?, &args.model, Devices::Cpu, &|what| eprintln!("{what} …"))?;
+    let loaded = load(&model(&args.model)?, &args.model, FAST, &|what| eprintln!("{what} …"))?;
     let mut samples = vec![Vec::new(); SHAPES.len()];
     for round in 0..repeat {
         for (shape, samples) in SHAPES.iter().zip(&mut samples) {
@@ -154,12 +156,12 @@ struct EngineBench {
 impl EngineBench {
     fn new(loaded: &LoadedModel, num_threads: usize, round: usize, clock: Clock) -> Result<Self, BenchError> {
         let plan = EnginePlan {
-            max_num_seqs: 64,
-            max_num_batched_tokens: CHUNK_LEN + MIXED_DECODES,
-            kv_cache_bytes: KV_TOKENS * loaded.kv_bytes_per_token(),
+            max_num_seqs: Some(64),
+            max_num_batched_tokens: Some(CHUNK_LEN + MIXED_DECODES),
+            kv_cache_bytes: Some(KV_TOKENS * loaded.kv_bytes_per_token()),
             ..EnginePlan::default()
         };
-        let engine = loaded.engine(&plan, num_threads, 1)?;
+        let engine = loaded.engine(&plan, 0, num_threads, 1)?;
         let vocab_size = engine.model_info().vocab_size;
         Ok(Self { engine, clock, vocab_size, state: round as u64, next_id: 0 })
     }
@@ -262,8 +264,8 @@ fn known_tokens(stats: &EngineStats) -> u64 {
 
 /// Loads a model, answers a short prompt with one token and says so by a byte.
 pub(super) fn first_token(name: &str) -> Result<(), BenchError> {
-    let loaded = load(&model(name)?, name, Devices::Cpu, &|_| ())?;
-    let mut engines = loaded.engines(&EnginePlan::default(), Devices::Cpu)?;
+    let loaded = load(&model(name)?, name, FAST, &|_| ())?;
+    let mut engines = loaded.engines(&EnginePlan::default(), &Devices::Cpu)?;
     let token_ids = engines.text.tokenizer.encode(PROMPT)?;
     let (engine, _) = engines.engines.first_mut().expect("one engine");
     let sampling = SamplingParams { ignore_eos: true, ..SamplingParams::GREEDY };

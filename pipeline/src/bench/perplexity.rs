@@ -5,11 +5,11 @@
 //! figure depends on text, tokenizer and window; the ratio of the two paths is what is wanted.
 
 use serde::Serialize;
+use tidemill_kernels::models::NumericPath;
 use tidemill_kernels::step::{PageId, StepBatch};
 
 use super::{BenchError, PerplexityArgs, io_error, model, table};
-use crate::models::load::load;
-use crate::plan::device::Devices;
+use crate::models::load::{Compute, load};
 
 const PAGE_SIZE: u32 = 64;
 
@@ -26,8 +26,8 @@ pub(super) struct PerplexityReport {
 
 pub(super) fn measure(args: &PerplexityArgs) -> Result<PerplexityReport, BenchError> {
     let text = std::fs::read_to_string(&args.text).map_err(io_error("read", &args.text))?;
-    let (reference, num_tokens) = perplexity(args, Devices::Reference, &text)?;
-    let (fast, _) = perplexity(args, Devices::Cpu, &text)?;
+    let (reference, num_tokens) = perplexity(args, NumericPath::Reference, &text)?;
+    let (fast, _) = perplexity(args, NumericPath::Fast, &text)?;
     Ok(PerplexityReport {
         model: args.model.clone(),
         num_tokens,
@@ -39,8 +39,8 @@ pub(super) fn measure(args: &PerplexityArgs) -> Result<PerplexityReport, BenchEr
 }
 
 /// The perplexity of a text, and of how many tokens.
-fn perplexity(args: &PerplexityArgs, devices: Devices, text: &str) -> Result<(f64, usize), BenchError> {
-    let loaded = load(&model(&args.model)?, &args.model, devices, &|_| ())?;
+fn perplexity(args: &PerplexityArgs, path: NumericPath, text: &str) -> Result<(f64, usize), BenchError> {
+    let loaded = load(&model(&args.model)?, &args.model, Compute::Cpu(path), &|_| ())?;
     let window = u32::from(args.window);
     let scorer = loaded.scorer(PAGE_SIZE, window.div_ceil(PAGE_SIZE))?;
     let (tokenizer, mut model) = scorer.ok_or_else(|| BenchError::NoWeights { name: args.model.clone() })?;

@@ -2,6 +2,7 @@
 //!
 //! Same means the same model, devices and bounds. Nothing of a pipeline is kept here; it comes with each work.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tidemill_operators::infer::runner::{EngineHandle, Runner};
@@ -9,13 +10,17 @@ use tidemill_operators::tokenize::TextModel;
 
 use super::RunError;
 use crate::clock::Clock;
-use crate::models::load::{Engines, load};
+use crate::models::load::{Engines, Placement, load_engines};
 use crate::plan::Plan;
 
 /// What one pipeline needs of its engines.
+#[derive(Clone)]
 pub(super) struct Lent {
     pub handles: Vec<EngineHandle>,
     pub text: Arc<TextModel>,
+    /// Of each engine.
+    pub max_num_seqs: u32,
+    pub device: Arc<str>,
 }
 
 /// Running engines; they end when what was lent is dropped.
@@ -33,29 +38,44 @@ impl Running {
 }
 
 /// Starts the engines that the plans ask for; in the order of the plans, what each is lent.
-pub(super) fn start(plans: &[&Plan], clock: Clock) -> Result<(Running, Vec<Lent>), RunError> {
+pub(super) fn start(
+    plans: &[&Plan],
+    tells_device: bool,
+    clock: Clock,
+) -> Result<(Running, Vec<Lent>), RunError> {
     let mut running = Running { runners: Vec::new() };
     let mut groups: Vec<(&Plan, Lent)> = Vec::new();
     let mut lent = Vec::new();
+    let mut told = BTreeSet::new();
     for plan in plans {
         let group = match groups.iter().position(|(other, _)| shares_engines(other, plan)) {
             Some(group) => group,
             None => {
-                let loaded =
-                    load(&plan.model, &plan.model_name, plan.devices, &|what| eprintln!("{what} …"))?;
-                let engines = loaded.engines(&plan.engine, plan.devices)?;
+                let say = |what: &str| eprintln!("{what} …");
+                let engines = load_engines(&plan.model, &plan.model_name, &plan.devices, &plan.engine, &say)?;
+                if tells_device {
+                    tell(&engines.placement, &mut told);
+                }
                 groups.push((plan, start_all(engines, clock, &mut running)?));
                 groups.len() - 1
             }
         };
-        let Lent { handles, text } = &groups[group].1;
-        lent.push(Lent { handles: handles.clone(), text: Arc::clone(text) });
+        lent.push(groups[group].1.clone());
     }
     Ok((running, lent))
 }
 
 fn shares_engines(one: &Plan, other: &Plan) -> bool {
-    (&one.model, one.devices, one.engine) == (&other.model, other.devices, other.engine)
+    (&one.model, &one.devices, one.engine) == (&other.model, &other.devices, other.engine)
+}
+
+/// Says where engines run, and each thing once.
+fn tell(placement: &Placement, told: &mut BTreeSet<String>) {
+    for line in placement.lines() {
+        if told.insert(line.clone()) {
+            eprintln!("{line}");
+        }
+    }
 }
 
 /// Starts the threads of all engines, each on its cores.
@@ -71,5 +91,10 @@ fn start_all(engines: Engines, clock: Clock, running: &mut Running) -> Result<Le
         running.runners.push(runner);
         handles.push(handle);
     }
-    Ok(Lent { handles, text: engines.text })
+    Ok(Lent {
+        handles,
+        text: engines.text,
+        max_num_seqs: engines.max_num_seqs,
+        device: engines.placement.device.into(),
+    })
 }

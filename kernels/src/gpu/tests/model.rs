@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::*;
 use crate::gpu::model::{GpuModel, GpuModelConfig, KvMemory};
-use crate::gpu::{Gpu, GpuOptions, GpuWeights, KvDtype, WeightDtype};
-use crate::models::{Checkpoint, KvConfig, ModelWeights, NumericPath, Transformer};
+use crate::gpu::{DeviceError, Gpu, GpuError, GpuOptions, GpuWeights, KvDtype, WeightDtype};
+use crate::models::{Checkpoint, KvConfig, ModelError, ModelWeights, NumericPath, Transformer};
 use crate::step::{Model, PageId, SamplingParams, StepBatch};
 
 const FAMILIES: [&str; 6] = ["llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3"];
@@ -237,4 +237,19 @@ fn memory_bounds_the_pages_and_too_little_says_what_fits() {
     drop(few);
     let error = new(KvMemory::Pages(1 << 20)).err().unwrap().to_string();
     assert!(error.contains("1048576 KV pages of 16384 bytes do not fit"), "{error}");
+}
+
+/// Nothing is copied then: the whole is wanted at once.
+#[test]
+fn weights_that_do_not_fit_are_refused_at_once() {
+    let gpu = Gpu { device: EmulatedDevice::new(0).with_memory(1 << 12).shared() };
+    for family in FAMILIES {
+        let error = GpuWeights::load(&gpu, &checkpoint(family), GpuOptions::default()).unwrap_err();
+        let ModelError::Gpu(GpuError::Device(DeviceError::OutOfMemory { wanted, free, total })) = error
+        else {
+            panic!("{family}: {error}");
+        };
+        assert!(wanted > 10_000, "{family}: {wanted}");
+        assert_eq!((free, total), (1 << 12, 1 << 12), "{family}");
+    }
 }

@@ -1,0 +1,232 @@
+//! The engine on a GPU, each figure beside the most that this GPU can do, measured in the same run.
+//!
+//! Weights are those of a model, or random ones of a known shape, so that nothing needs to be fetched. One engine does
+//! all workloads, as it would in a run. What a workload must do at least is counted step by step
+//! ([`cost`]); the peaks are those of a large product of matrices and of a copy.
+
+mod attention;
+mod cost;
+mod shapes;
+#[cfg(test)]
+mod tests;
+mod timed;
+mod workloads;
+
+use serde::Serialize;
+use tidemill_kernels::gpu::peak::{copy_gb_per_second, gemm_tflops};
+use tidemill_kernels::gpu::{GpuError, WeightDtype};
+use tidemill_kernels::models::ModelConfig;
+use tidemill_kernels::step::Model;
+use tidemill_operators::infer::engine::{Engine, EngineConfig};
+
+use self::attention::AttentionRow;
+use self::cost::{Ceilings, Counter};
+pub(super) use self::shapes::Shape;
+use self::timed::Timed;
+use self::workloads::{Bench, Row, Workload, standard};
+use super::{BenchError, EngineArgs, model, table};
+use crate::clock::Clock;
+use crate::models::gpu::Gpus;
+use crate::models::load::{Compute, LoadError, LoadedModel, load};
+use crate::plan::engine::EnginePlan;
+use crate::spec::{KvCacheDtype, Quantization};
+
+/// A product that keeps every unit of a large GPU busy.
+const PEAK_GEMM: [usize; 3] = [8192, 8192, 8192];
+/// No cache holds it.
+const PEAK_COPY_BYTES: usize = 1 << 30;
+
+#[derive(Debug, Serialize)]
+pub(super) struct GpuReport {
+    model: String,
+    has_random_weights: bool,
+    device: String,
+    weights: &'static str,
+    kv_cache: &'static str,
+    deterministic: bool,
+    ceilings: Ceilings,
+    kv_tokens: u64,
+    rows: Vec<Row>,
+    /// Of one layer, alone.
+    attention: Vec<AttentionRow>,
+}
+
+pub(super) fn measure(args: &EngineArgs, ordinal: usize) -> Result<GpuReport, BenchError> {
+    let clock = Clock::start();
+    let plan = EnginePlan {
+        quantization: (args.dtype == Dtype::Fp8).then_some(Quantization::Fp8),
+        kv_cache_dtype: if args.kv_cache_dtype == Dtype::Fp8 {
+            KvCacheDtype::Fp8
+        } else {
+            KvCacheDtype::Auto
+        },
+        deterministic: args.deterministic,
+        ..EnginePlan::default()
+    };
+    let gpus = Gpus::open(&[ordinal], &plan)?;
+    let device = gpus.to_string();
+    let on_device = |source| LoadError::Gpu { name: format!("cuda:{ordinal}"), source: Box::new(source) };
+    eprintln!("peaks of {device} …");
+    // Before anything else has taken memory.
+    let ceilings = ceilings(&gpus, clock).map_err(on_device)?;
+    let name = args.shape.map_or_else(|| args.model.clone(), |shape| shape.name().to_owned());
+    let loaded = match args.shape {
+        Some(shape) => LoadedModel::random(&gpus, &name, shape.config())?,
+        None => load(&model(&args.model)?, &args.model, Compute::Gpus(&gpus), &|what| eprintln!("{what} …"))?,
+    };
+    let Some(config) = loaded.config() else { return Err(BenchError::NoWeights { name }) };
+    let is_wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.contains(&**only));
+    let attention = match is_wanted("attention") {
+        true => attention::measure(&gpus, config, &ceilings, clock).map_err(on_device)?,
+        false => Vec::new(),
+    };
+    let weight_size = if args.dtype == Dtype::Fp8 { 1 } else { 2 };
+    let subject = Subject {
+        config,
+        weight_size,
+        kv_bytes_per_token: loaded.kv_bytes_per_token(),
+        engine: loaded.engine_config(&plan),
+    };
+    let (mut bench, kv_tokens) = subject.bench(loaded.model(&plan, 0, 1, 1)?, clock);
+    let workloads = standard(args.requests.into()).into_iter().filter(|workload| is_wanted(&workload.name));
+    let rows = run_all(&mut bench, workloads, &ceilings, args.common.repeat.into())?;
+    Ok(GpuReport {
+        model: name,
+        has_random_weights: args.shape.is_some(),
+        device,
+        weights: args.dtype.name(),
+        kv_cache: args.kv_cache_dtype.name(),
+        deterministic: args.deterministic,
+        ceilings,
+        kv_tokens,
+        rows,
+        attention,
+    })
+}
+
+/// Numbers of weights, or of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Dtype {
+    Bf16,
+    Fp8,
+}
+
+impl Dtype {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
+/// The model that is measured.
+struct Subject<'a> {
+    config: &'a ModelConfig,
+    weight_size: u64,
+    kv_bytes_per_token: u64,
+    engine: EngineConfig,
+}
+
+impl Subject<'_> {
+    /// An engine whose steps are counted and timed, and the tokens that its cache holds.
+    fn bench(&self, model: Box<dyn Model>, clock: Clock) -> (Bench, u64) {
+        let (page_size, num_pages) = (model.info().page_size, model.info().num_pages);
+        let counter =
+            Counter::new(self.config, self.weight_size, self.kv_bytes_per_token, (page_size, num_pages));
+        let (timed, steps) = Timed::new(model, counter, clock);
+        let engine = Engine::new(Box::new(timed), self.engine);
+        (Bench::new(engine, steps, clock), u64::from(page_size) * u64::from(num_pages))
+    }
+}
+
+/// Leaves out what is too long for the model.
+fn run_all(
+    bench: &mut Bench,
+    workloads: impl IntoIterator<Item = Workload>,
+    ceilings: &Ceilings,
+    repeat: usize,
+) -> Result<Vec<Row>, BenchError> {
+    let mut rows = Vec::new();
+    for workload in workloads {
+        if workload.work.longest() > bench.max_seq_len() {
+            continue;
+        }
+        eprintln!("{} …", workload.name);
+        rows.push(bench.run(&workload, ceilings, repeat)?);
+    }
+    Ok(rows)
+}
+
+fn ceilings(gpus: &Gpus, clock: Clock) -> Result<Ceilings, GpuError> {
+    let elapsed = || clock.elapsed();
+    let gpu = gpus.first();
+    let bf16_tflops = gemm_tflops(gpu, PEAK_GEMM, WeightDtype::Bf16, &elapsed)?;
+    let weight_tflops = match gpus.options().weight_dtype {
+        WeightDtype::Bf16 => bf16_tflops,
+        dtype => gemm_tflops(gpu, PEAK_GEMM, dtype, &elapsed)?,
+    };
+    let copy_gb_per_second = copy_gb_per_second(gpu, PEAK_COPY_BYTES, &elapsed)?;
+    Ok(Ceilings { bf16_tflops, weight_tflops, copy_gb_per_second })
+}
+
+impl GpuReport {
+    pub(super) fn render(&self) -> String {
+        let weights = if self.has_random_weights { "random weights" } else { "its weights" };
+        let title =
+            format!("{}, {weights} in {}, keys and values in {}", self.model, self.weights, self.kv_cache);
+        let peaks = [
+            ("GEMM, bf16".to_owned(), format!("{:.0} TFLOP/s", self.ceilings.bf16_tflops)),
+            (format!("GEMM, {}", self.weights), format!("{:.0} TFLOP/s", self.ceilings.weight_tflops)),
+            ("memory copied".to_owned(), format!("{:.0} GB/s", self.ceilings.copy_gb_per_second)),
+            ("KV cache".to_owned(), format!("{} tokens", self.kv_tokens)),
+        ];
+        let rows = self.rows.iter().map(render_row);
+        let attention = self.attention.iter().map(render_attention);
+        format!(
+            "{title}\n\n{}\n\n{}\n\n{}",
+            table(
+                &[
+                    "",
+                    "prompt tokens/s",
+                    "output tokens/s",
+                    "s",
+                    "least s",
+                    "of it",
+                    "bound",
+                    "host µs p50",
+                    "p99"
+                ],
+                rows
+            ),
+            table(&["one layer", "TFLOP/s", "GB/s", "ms", "least ms", "of it", "bound"], attention),
+            table(&[&self.device, "peak"], peaks.map(|(name, value)| vec![name, value])),
+        )
+    }
+}
+
+fn render_row(row: &Row) -> Vec<String> {
+    vec![
+        row.name.clone(),
+        format!("{:.0}", row.prompt_tokens_per_second),
+        format!("{:.0}", row.output_tokens_per_second),
+        format!("{:.3}", row.seconds),
+        format!("{:.3}", row.predicted_seconds),
+        format!("{:.0} %", 100.0 * row.fraction),
+        row.bound.to_owned(),
+        format!("{:.0}", row.host_us_p50),
+        format!("{:.0}", row.host_us_p99),
+    ]
+}
+
+fn render_attention(row: &AttentionRow) -> Vec<String> {
+    vec![
+        row.name.clone(),
+        format!("{:.0}", row.tflops),
+        format!("{:.0}", row.gb_per_second),
+        format!("{:.3}", 1e3 * row.seconds),
+        format!("{:.3}", 1e3 * row.predicted_seconds),
+        format!("{:.0} %", 100.0 * row.fraction),
+        row.bound.to_owned(),
+    ]
+}
