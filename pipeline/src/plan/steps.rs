@@ -95,6 +95,7 @@ fn sampling(definition: &Definition, spec: &GenerateSpec, key: &str) -> Result<S
         top_k: spec.top_k.unwrap_or(0),
         seed: spec.seed.unwrap_or(0),
         ignore_eos: spec.ignore_eos,
+        ..SamplingParams::GREEDY
     })
 }
 
