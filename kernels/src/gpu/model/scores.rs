@@ -1,4 +1,4 @@
-//! What a model thinks of tokens that are there already: for comparisons, not for answers.
+//! What a model thinks of tokens that are there already: for comparisons and for perplexity, not for answers.
 //!
 //! Runs a step by itself, while no other is in flight, and waits for every part of it.
 
@@ -7,6 +7,8 @@ use super::forward::Head;
 use super::inputs::{Layout, StepShape};
 use super::{GpuModel, Runner};
 use crate::gpu::device::DeviceError;
+use crate::gpu::memory::DeviceVec;
+use crate::gpu::ops::{LogProbs, log_probs};
 use crate::step::{StepBatch, StepError};
 
 impl GpuModel {
@@ -20,6 +22,37 @@ impl GpuModel {
             Ok(())
         })?;
         Ok(logits)
+    }
+
+    /// Runs a step and returns the natural logarithm of the probability of each token of the batch that has one before
+    /// it there: what perplexity is made of.
+    pub fn log_probabilities(&mut self, batch: &StepBatch) -> Result<Vec<f64>, StepError> {
+        let rows_before_others = |seq| batch.rows(seq).start as u32..batch.rows(seq).end as u32 - 1;
+        let rows: Vec<u32> = (0..batch.num_seqs()).flat_map(rows_before_others).collect();
+        if rows.is_empty() {
+            // Keys and values are written all the same.
+            return self.logits(batch).map(|_| Vec::new());
+        }
+        let mut all = Vec::with_capacity(rows.len());
+        self.run_heads(batch, &rows, |runner, rows| {
+            let device = &runner.device;
+            let token_ids: Vec<u32> = rows.iter().map(|&row| batch.token_ids[row as usize + 1]).collect();
+            let out = DeviceVec::new(device, rows.len())?;
+            let args = LogProbs {
+                num_rows: rows.len(),
+                vocab_size: runner.weights.config.vocab_size as usize,
+                logits: &runner.buffers.logits,
+                rows_of: None,
+                indptr: None,
+                token_ids: &DeviceVec::from_slice(device, &token_ids)?,
+                log_probs: &out,
+                top: None,
+            };
+            log_probs(&**device, &args)?;
+            all.extend(out.read()?.into_iter().map(f64::from));
+            Ok(())
+        })?;
+        Ok(all)
     }
 
     /// Runs a step and shows the logits after some of its rows, so many at a time as there is room for. `show` waits for

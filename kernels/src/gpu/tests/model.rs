@@ -374,6 +374,30 @@ fn penalized_answers_are_those_of_the_reference() {
 }
 
 #[test]
+fn log_probabilities_are_those_of_the_reference() {
+    let prompts = prompts(&[3, 70, 1, 33]);
+    let mut batch = StepBatch::default();
+    for (seq, prompt) in prompts.iter().enumerate() {
+        batch.push(prompt, 0, &pages(seq, 16), None);
+    }
+    for family in FAMILIES {
+        let expected = reference(family).log_probabilities(&batch);
+        assert_eq!(expected.len(), 2 + 69 + 32);
+        let device = EmulatedDevice::new(0).shared();
+        let mut model = model(&device, family, GpuOptions::default(), 16);
+        let actual = model.log_probabilities(&batch).unwrap();
+        // Measured by how far they are from each other.
+        let mean = expected.iter().sum::<f64>() / expected.len() as f64;
+        let centered = |values: &[f64]| values.iter().map(|&x| (x - mean) as f32).collect::<Vec<f32>>();
+        assert_close(&centered(&actual), &centered(&expected), MODEL_BF16_TOLERANCE, family);
+        // Keys and values are there afterwards, also of a batch in which no token has one before it.
+        let mut alone = StepBatch::default();
+        alone.push(&prompts[2], 0, &pages(5, 16), None);
+        assert!(model.log_probabilities(&alone).unwrap().is_empty());
+    }
+}
+
+#[test]
 fn memory_bounds_the_pages_and_too_little_says_what_fits() {
     let device = EmulatedDevice::new(0).with_memory(96 << 20).shared();
     let gpu = Gpu { device: Arc::clone(&device) };
