@@ -22,9 +22,6 @@ impl Device for IdleDevice {
     fn name(&self) -> &str {
         "idle"
     }
-    fn num_multiprocessors(&self) -> u32 {
-        132
-    }
     fn is_hopper(&self) -> bool {
         true
     }
