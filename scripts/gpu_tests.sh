@@ -33,9 +33,15 @@ for message in map(json.loads, sys.stdin):
     cp "$tests" "$dir/kernel-tests"
     cp "${CARGO_TARGET_DIR:-target}/release/tidemill" "$dir/tidemill"
     strip --strip-debug "$dir/kernel-tests" "$dir/tidemill"
-    cp "$0" "$dir/gpu_tests.sh"
-    say "carry these, then run there: sh $dir/gpu_tests.sh run RESULTS"
-    ls "$dir/kernel-tests" "$dir/tidemill" "$dir/gpu_tests.sh"
+    cp scripts/gpu_tests.sh "$dir/gpu_tests.sh"
+    # What tests read.
+    rm -rf "$dir/sources"
+    for folder in kernels/cuda kernels/src/gpu tests/reference/tiny; do
+        mkdir -p "$dir/sources/$folder"
+        cp -R "$folder/." "$dir/sources/$folder"
+    done
+    say "carry this folder ($(du -sh "$dir" | cut -f 1)), then run there: sh $dir/gpu_tests.sh run RESULTS"
+    ls "$dir"
 }
 
 # Folders of CUDA's libraries in the packages of Python, as PyTorch brings them.
@@ -75,7 +81,7 @@ soak() {
     until=$(($(date +%s) + $1))
     rounds=0
     while [ "$(date +%s)" -lt "$until" ]; do
-        "$here/kernel-tests" gpu::tests --quiet || return 1
+        "$here/kernel-tests" gpu::tests --skip mistakes --quiet || return 1
         rounds=$((rounds + 1))
     done
     echo "$rounds rounds"
@@ -88,17 +94,17 @@ run() {
     rm -f "$results/steps"
     failures=0 separator=''
     : "${TIDEMILL_CUDA_LIBRARIES:=$(python_libraries)}"
-    export TIDEMILL_CUDA_LIBRARIES
+    export TIDEMILL_CUDA_LIBRARIES TIDEMILL_SOURCES="$here/sources"
     limit=${STEP_SECONDS:-240}
     gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | head -n 1) || true
     say "${gpu:-nvidia-smi says of no GPU}"
 
-    # What is left out looks into the sources.
-    step test "$limit" "$here/kernel-tests" gpu::tests gpu::cuda --skip all_driver_functions_are_looked_for
+    # Mistakes are planted in the emulation, and looked for here.
+    step test "$limit" "$here/kernel-tests" gpu::tests gpu::cuda --skip mistakes
     if command -v compute-sanitizer >/dev/null 2>&1; then
         for tool in memcheck racecheck; do
             step $tool "$limit" compute-sanitizer --tool $tool --error-exitcode 9 \
-                "$here/kernel-tests" gpu::tests --test-threads 1
+                "$here/kernel-tests" gpu::tests --skip mistakes --test-threads 1
         done
     else
         say "compute-sanitizer is not there"

@@ -1,10 +1,10 @@
 // A token's answer from those of its experts: out[token] = sum over its routes of weight * answers[route].
 //
 // Shapes: answers bf16 [routes, size], weights f32 and routes_of u32 [tokens, num_chosen], in the order of
-// the experts (route.cu); out bf16 or f32 [tokens, size]. size is a multiple of 8.
+// the experts (route.cu); out bf16 [tokens, size]. size is a multiple of 8.
 //
 // Grid: a block a token. Sums are f32, in the order of the experts, so a token's answer depends on nothing
-// else. Bytes: 2 for each answer of each expert and 2 or 4 written a number; bound by memory.
+// else. Bytes: 2 for each answer of each expert and 2 written a number; bound by memory.
 #include "types.cuh"
 
 namespace {
@@ -16,7 +16,6 @@ struct CombineParams {
   const float* weights;
   const uint32_t* routes_of;
   bf16* out;
-  float* out_f32;  // instead, where it is not null
   uint32_t size, num_chosen;
 };
 
@@ -38,15 +37,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) combine(const __grid_cons
         sums[j * 2 + 1] = fmaf(weight, hi_of(words[j]), sums[j * 2 + 1]);
       }
     }
-    if (p.out_f32) {
-      float4* out = (float4*)(p.out_f32 + token * p.size + first);
-      out[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-      out[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
-    } else {
-      *(uint4*)(p.out + token * p.size + first) =
-          make_uint4(pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]), pack_bf16(sums[4], sums[5]),
-                     pack_bf16(sums[6], sums[7]));
-    }
+    *(uint4*)(p.out + token * p.size + first) =
+        make_uint4(pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]), pack_bf16(sums[4], sums[5]),
+                   pack_bf16(sums[6], sums[7]));
   }
 }
 EMU_KERNEL(combine)

@@ -44,9 +44,7 @@ struct Event {
   Stream* stream = nullptr;
   uint64_t end = 0;
 };
-struct Module {
-  std::string only;  // the source, where NVRTC made it
-};
+struct Module {};
 struct Function {
   std::string name;
   unsigned shared = 48 << 10;
@@ -252,13 +250,13 @@ API int cuModuleLoadData(Module** out, const char* image) {
   bool is_made_here = !strncmp(image, "FAKE ", 5);
   if (mode && !strcmp(mode, "refuse") && !is_made_here)
     return NO_BINARY;
-  return *out = new Module{is_made_here ? image + 5 : ""}, OK;
+  return *out = new Module, OK;
 }
 API int cuModuleUnload(Module* module) {
   ENTER return delete module, OK;
 }
-API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
-  ENTER if (!module->only.empty() && module->only.find(name) == std::string::npos) return NOT_FOUND;
+API int cuModuleGetFunction(Function** out, Module*, const char* name) {
+  ENTER if (!cuda_emu_param_bytes(name)) return NOT_FOUND;
   return *out = new Function{name}, OK;
 }
 API int cuFuncSetAttribute(Function* function, int attribute, int value) {
@@ -300,8 +298,12 @@ API int cuTensorMapEncodeTiled(void* out, int type, unsigned rank, char* base, c
 }
 
 // cuBLASLt. Types: 0 f32, 14 bf16, 28 e4m3.
+#define BLAS_ENTER                                   \
+  std::lock_guard<std::recursive_mutex> lock(mutex); \
+  if (!current)                                      \
+    return NOT_INITIALIZED;
 namespace {
-enum { BAD_VALUE = 7, UNSUPPORTED = 15 };
+enum { NOT_INITIALIZED = 1, BAD_VALUE = 7, UNSUPPORTED = 15 };
 struct Layout {
   int type;
   uint64_t rows, columns;
@@ -341,11 +343,11 @@ int set(std::map<int, uint64_t>& attributes, int key, const void* value, size_t 
 }  // namespace
 
 API int cublasLtCreate(void** out) {
-  ENTER* out = new int;
+  BLAS_ENTER* out = new int;
   return OK;
 }
 API int cublasLtDestroy(int* handle) {
-  ENTER return delete handle, OK;
+  BLAS_ENTER return delete handle, OK;
 }
 API int cublasLtMatmulDescCreate(Product** out, int, int) {
   return *out = new Product, OK;
@@ -372,11 +374,12 @@ API int cublasLtMatmulPreferenceDestroy(void*) {
   return OK;
 }
 API int cublasLtMatmulPreferenceSetAttribute(void*, int key, const void* value, size_t bytes) {
-  ENTER return set(preferences, key, value, bytes);
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  return set(preferences, key, value, bytes);
 }
 API int cublasLtMatmulAlgoGetHeuristic(void*, Product* product, Layout* a, Layout* b, Layout*, Layout* d,
                                        void*, int wanted, Found* found, int* count) {
-  ENTER if (!knows(product, a, b, d)) return UNSUPPORTED;
+  BLAS_ENTER if (!knows(product, a, b, d)) return UNSUPPORTED;
   // One whose sums are split, one for small products only, and one for all.
   const Algorithm offered[] = {{d->columns, 4, 1 << 20}, {d->columns, 1, 100}, {d->columns, 1, 1 << 20}};
   *count = std::min(wanted, 3);
@@ -400,7 +403,7 @@ API int cublasLtMatmul(void* handle, Product* product, const float* alpha, const
                        const void* b, Layout* b_layout, const float* beta, const void*, Layout*, void* d,
                        Layout* d_layout, const Algorithm* algorithm, void* workspace, size_t workspace_bytes,
                        Stream* stream) {
-  ENTER Found found;
+  BLAS_ENTER Found found;
   if (cublasLtMatmulAlgoCheck(handle, product, a_layout, b_layout, d_layout, d_layout, algorithm, &found))
     return BAD_VALUE;
   if (*alpha != 1 || *beta != 0 || !within(memory, workspace, workspace_bytes))

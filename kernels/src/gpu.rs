@@ -6,7 +6,6 @@
 
 mod cuda;
 mod device;
-mod e4m3;
 mod image;
 mod memory;
 mod model;
@@ -15,6 +14,8 @@ pub mod peak;
 mod plan;
 mod weights;
 
+#[cfg(test)]
+mod e4m3;
 #[cfg(test)]
 mod emulated;
 #[cfg(test)]

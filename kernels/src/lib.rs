@@ -7,8 +7,6 @@
 mod backend;
 mod cpu;
 pub mod gguf;
-#[cfg_attr(not(test), expect(dead_code, unused_imports, reason = "the step made of it comes next"))]
-#[cfg_attr(test, expect(dead_code, reason = "the step made of it comes next"))]
 pub mod gpu;
 pub mod models;
 pub mod peak;

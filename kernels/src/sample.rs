@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 
-use crate::step::SamplingParams;
+use crate::step::{SamplingParams, TokenUse};
 
 /// The logits or the parameters cannot be sampled from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -24,40 +24,8 @@ pub enum SampleError {
     TopP,
     #[error("min_p is not between zero and one")]
     MinP,
-}
-
-/// What changes the choice besides [`SamplingParams`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SamplingExtras {
-    /// Tokens less likely than the most likely one times this are no candidates; 0 keeps all.
-    pub min_p: f32,
-    /// Divides positive logits, and multiplies others, of tokens in the prompt or the answer; 1 changes nothing.
-    pub repetition_penalty: f32,
-    /// Taken from the logits of tokens in the answer.
-    pub presence_penalty: f32,
-    /// Taken from the logits of tokens in the answer, once for each time.
-    pub frequency_penalty: f32,
-}
-
-impl SamplingExtras {
-    /// Changes nothing.
-    pub const NEUTRAL: Self =
-        Self { min_p: 0.0, repetition_penalty: 1.0, presence_penalty: 0.0, frequency_penalty: 0.0 };
-}
-
-impl Default for SamplingExtras {
-    fn default() -> Self {
-        Self::NEUTRAL
-    }
-}
-
-/// A token that is in the prompt or the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct TokenUse {
-    pub token_id: u32,
-    /// 0 where it is in the prompt alone.
-    pub num_in_answer: u32,
+    #[error("the penalties are not finite, or that of repetition is not above zero")]
+    Penalties,
 }
 
 /// Logits looked at as one: a block without a candidate costs a comparison.
@@ -90,7 +58,11 @@ pub(crate) enum Choice {
 }
 
 impl Choice {
-    pub(crate) fn of(params: &SamplingParams, min_p: f32) -> Result<Self, SampleError> {
+    pub(crate) fn of(params: &SamplingParams) -> Result<Self, SampleError> {
+        let penalties = [params.repetition_penalty, params.presence_penalty, params.frequency_penalty];
+        if !(penalties.iter().all(|penalty| penalty.is_finite()) && params.repetition_penalty > 0.0) {
+            return Err(SampleError::Penalties);
+        }
         if !(params.temperature >= 0.0 && params.temperature.is_finite()) {
             return Err(SampleError::Temperature);
         }
@@ -100,27 +72,27 @@ impl Choice {
         if !(params.top_p > 0.0 && params.top_p <= 1.0) {
             return Err(SampleError::TopP);
         }
-        if !(0.0..=1.0).contains(&min_p) {
+        if !(0.0..=1.0).contains(&params.min_p) {
             return Err(SampleError::MinP);
         }
         // The share of the highest logit is one, so `min_p` is a distance from it.
-        let log_ratio = (-min_p.ln()).clamp(0.0, MAX_LOG_RATIO);
+        let log_ratio = (-params.min_p.ln()).clamp(0.0, MAX_LOG_RATIO);
         Ok(Self::Draw { margin: log_ratio * params.temperature })
     }
 }
 
 /// Takes the logits of tokens that were used before down, each token of the list once; none is in it twice.
-pub fn penalize(logits: &mut [f32], extras: &SamplingExtras, uses: &[TokenUse]) {
+pub fn penalize(logits: &mut [f32], params: &SamplingParams, uses: &[TokenUse]) {
     for token in uses {
         let logit = &mut logits[token.token_id as usize];
         let repeated = if *logit > 0.0 {
-            *logit / extras.repetition_penalty
+            *logit / params.repetition_penalty
         } else {
-            *logit * extras.repetition_penalty
+            *logit * params.repetition_penalty
         };
         let times = token.num_in_answer as f32;
-        let present = if token.num_in_answer > 0 { extras.presence_penalty } else { 0.0 };
-        *logit = (-extras.frequency_penalty).mul_add(times, repeated) - present;
+        let present = if token.num_in_answer > 0 { params.presence_penalty } else { 0.0 };
+        *logit = (-params.frequency_penalty).mul_add(times, repeated) - present;
     }
 }
 
@@ -135,19 +107,9 @@ pub fn allow(logits: &mut [f32], allowed: &[u32]) {
     }
 }
 
-/// Chooses the token at `position`, walking the vocabulary once.
+/// Chooses the token at `position`, walking the vocabulary once. The logits are [penalized](penalize) before.
 pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Result<u32, SampleError> {
-    sample_above(logits, params, 0.0, position)
-}
-
-/// As [`sample`], among the tokens that are as likely as the most likely one times `min_p`.
-pub fn sample_above(
-    logits: &[f32],
-    params: &SamplingParams,
-    min_p: f32,
-    position: u32,
-) -> Result<u32, SampleError> {
-    let Choice::Draw { margin } = Choice::of(params, min_p)? else {
+    let Choice::Draw { margin } = Choice::of(params)? else {
         return Ok(walk(logits, None, |_| {})?.id);
     };
     CANDIDATES.with_borrow_mut(|Candidates { list, weights }| {

@@ -35,10 +35,47 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Tokens that end an answer are taken like others, so the answer has its full length.
     pub ignore_eos: bool,
+    /// Tokens less likely than the most likely one times this are no candidates; 0 keeps all.
+    pub min_p: f32,
+    /// Divides positive logits, and multiplies others, of tokens in the prompt or the answer; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Taken from the logits of tokens in the answer.
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens in the answer, once for each time.
+    pub frequency_penalty: f32,
 }
 
 impl SamplingParams {
-    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, ignore_eos: false };
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        seed: 0,
+        ignore_eos: false,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+    };
+
+    /// Whether the choice depends on which tokens were used before.
+    pub fn has_penalties(&self) -> bool {
+        self.penalizes_prompt() || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
+    /// Whether it depends on those of the prompt too.
+    pub fn penalizes_prompt(&self) -> bool {
+        self.repetition_penalty != 1.0
+    }
+}
+
+/// A token that is in the prompt or the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct TokenUse {
+    pub token_id: u32,
+    /// 0 where it is in the prompt alone.
+    pub num_in_answer: u32,
 }
 
 /// One forward pass over any mix of prefill chunks and decodes.
@@ -60,6 +97,12 @@ pub struct StepBatch {
     /// one samples for its sequence `s`; its entry in `token_ids` is 0 then. All `None` for a model with
     /// [`max_started`](Model::max_started) 1.
     pub sampled_by: Vec<Option<u32>>,
+    /// `[num_seqs + 1]`
+    pub token_uses_indptr: Vec<u32>,
+    /// `[token_uses_indptr.last()]`: what the penalties of a sequence are for, in the order of the ids, none twice. Empty for
+    /// a sequence that is not sampled or has [none](SamplingParams::has_penalties); tokens that are in the prompt alone may be
+    /// left out where [nothing asks for them](SamplingParams::penalizes_prompt).
+    pub token_uses: Vec<TokenUse>,
     /// Done in this order before anything else; empty unless the model has [host pages](Model::num_host_pages). All that go
     /// out come first, and no host page goes both ways.
     pub swaps: Vec<PageSwap>,
@@ -169,6 +212,11 @@ impl StepBatch {
         &self.kv_page_indices[self.kv_page_indptr[seq] as usize..self.kv_page_indptr[seq + 1] as usize]
     }
 
+    /// What the penalties of sequence `seq` are for.
+    pub fn uses(&self, seq: usize) -> &[TokenUse] {
+        &self.token_uses[self.token_uses_indptr[seq] as usize..self.token_uses_indptr[seq + 1] as usize]
+    }
+
     /// Adds one sequence; `positions` start at `first_position`.
     pub fn push(
         &mut self,
@@ -180,6 +228,7 @@ impl StepBatch {
         if self.qo_indptr.is_empty() {
             self.qo_indptr.push(0);
             self.kv_page_indptr.push(0);
+            self.token_uses_indptr.push(0);
         }
         self.token_ids.extend_from_slice(token_ids);
         self.positions.extend((0..token_ids.len() as u32).map(|i| first_position + i));
@@ -188,6 +237,7 @@ impl StepBatch {
         self.kv_page_indptr.push(self.kv_page_indices.len() as u32);
         self.sampling.push(sampling);
         self.sampled_by.push(None);
+        self.token_uses_indptr.push(self.token_uses.len() as u32);
     }
 
     /// Adds one sequence with one row: the token that the step started just before this one samples for `sampled_by`.
@@ -204,6 +254,12 @@ impl StepBatch {
         }
     }
 
+    /// Says what the penalties of the sequence added last are for.
+    pub fn push_uses(&mut self, uses: &[TokenUse]) {
+        self.token_uses.extend_from_slice(uses);
+        *self.token_uses_indptr.last_mut().expect("a sequence was added") = self.token_uses.len() as u32;
+    }
+
     /// Removes everything and keeps the memory.
     pub fn clear(&mut self) {
         self.token_ids.clear();
@@ -213,6 +269,8 @@ impl StepBatch {
         self.kv_page_indices.clear();
         self.sampling.clear();
         self.sampled_by.clear();
+        self.token_uses_indptr.clear();
+        self.token_uses.clear();
         self.swaps.clear();
         self.copies.clear();
     }
@@ -242,6 +300,7 @@ impl StepBatch {
             }
             assert!(last / info.page_size < self.pages(seq).len() as u32, "no page for position {last}");
         }
+        self.check_uses(info);
         assert!(self.token_ids.iter().all(|&id| id < info.vocab_size), "token id beyond the vocabulary");
         assert!(self.kv_page_indices.iter().all(|page| page.0 < info.num_pages), "page beyond the cache");
         let mut hosts_out = BTreeSet::new();
@@ -257,6 +316,25 @@ impl StepBatch {
             assert!(copy.from.0 < info.num_pages && copy.to.0 < info.num_pages, "copy beyond the cache");
             assert!((1..info.page_size).contains(&copy.len), "a copy of {} slots", copy.len);
             assert!(self.copies.iter().all(|other| other.to != copy.from), "a source is a target too");
+        }
+    }
+
+    fn check_uses(&self, info: &ModelInfo) {
+        assert_eq!(self.token_uses_indptr.len(), self.num_seqs() + 1);
+        assert_eq!(self.token_uses_indptr.last(), Some(&(self.token_uses.len() as u32)));
+        for seq in 0..self.num_seqs() {
+            let uses = self.uses(seq);
+            let Some(last) = uses.last() else { continue };
+            assert!(
+                self.sampling[seq].is_some_and(|params| params.has_penalties()),
+                "tokens that nothing asks for"
+            );
+            assert!(self.sampled_by[seq].is_none(), "a token to be sampled is not counted");
+            assert!(uses.is_sorted_by(|a, b| a.token_id < b.token_id), "a token is counted twice");
+            assert!(last.token_id < info.vocab_size, "a use beyond the vocabulary");
+            let known_len = u64::from(self.positions[self.rows(seq).end - 1]) + 1;
+            let num_used: u64 = uses.iter().map(|token| u64::from(token.num_in_answer.max(1))).sum();
+            assert!(num_used <= known_len, "{num_used} uses of {known_len} tokens");
         }
     }
 }

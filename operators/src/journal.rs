@@ -75,7 +75,19 @@ impl JournalKey {
         hasher.update(&sampling.top_p.to_le_bytes());
         hasher.update(&sampling.top_k.to_le_bytes());
         hasher.update(&sampling.seed.to_le_bytes());
-        hasher.update(&[u8::from(sampling.ignore_eos)]);
+        let neutral = SamplingParams::GREEDY;
+        let later = [
+            (sampling.min_p, neutral.min_p),
+            (sampling.repetition_penalty, neutral.repetition_penalty),
+            (sampling.presence_penalty, neutral.presence_penalty),
+            (sampling.frequency_penalty, neutral.frequency_penalty),
+        ];
+        // What came later changes no key without it.
+        let has_later = later.iter().any(|(value, neutral)| value != neutral);
+        hasher.update(&[u8::from(sampling.ignore_eos) | u8::from(has_later) << 1]);
+        for (value, _) in later.iter().filter(|_| has_later) {
+            hasher.update(&value.to_le_bytes());
+        }
         let mut bytes = [0; 4 * 64];
         for token_ids in token_ids.chunks(64) {
             for (to, token_id) in bytes.chunks_exact_mut(4).zip(token_ids) {

@@ -14,6 +14,7 @@ use tidemill_operators::group::distinct::distinct_tokens;
 use tidemill_operators::tokenize::PromptBuilder;
 
 use crate::models::load::{LoadError, load_engines};
+use crate::plan::steps::sampling_changes;
 use crate::plan::{Checked, GeneratePlan, Input, Plan, Target};
 use crate::summary::{share, thousands};
 
@@ -168,11 +169,15 @@ impl StepCount {
 pub fn graph(plan: &Plan) -> String {
     let mut text = format!("source {} ({} columns)\n", plan.source_name, plan.input_schema.fields().len());
     for step in &plan.steps {
-        let _ = writeln!(
-            text,
-            "  └ tokenize → recall → group → infer   {} ({} tokens)",
-            step.name, step.max_tokens
-        );
+        let _ =
+            write!(text, "  └ tokenize → recall → group → infer   {} ({} tokens", step.name, step.max_tokens);
+        for (part, value) in sampling_changes(&step.sampling) {
+            let _ = write!(text, ", {part} {value}");
+        }
+        if step.sampling.top_k > 0 {
+            let _ = write!(text, ", top_k {}", step.sampling.top_k);
+        }
+        text.push_str(")\n");
     }
     let (sink, errors) = match &plan.sink.target {
         Target::Files { sink, errors } => (target(sink), target(errors)),

@@ -32,7 +32,7 @@ use tidemill_operators::tokenize::{InputNameFn, PromptBuilder, TextModel};
 use self::device::Devices;
 use self::engine::EnginePlan;
 use self::kafka::TopicPlan;
-use self::steps::{step_fields, steps};
+use self::steps::{sampling_changes, step_fields, steps};
 use crate::models::catalogue::{ModelRef, OTHER_NAMES, resolve};
 use crate::spec::{
     Budget, Definition, FilesSpec, PathSpec, SinkSpec, SourceSpec, Spanned, SpecError, TargetSpec,
@@ -503,12 +503,17 @@ fn fingerprint(
     let steps: Vec<Value> = steps
         .iter()
         .map(|step| {
-            json!({ "generate": {
+            let mut fields = json!({
                 "name": &*step.name, "system": step.system, "prompt": step.prompt, "max_tokens": step.max_tokens,
                 "temperature": step.sampling.temperature, "top_p": step.sampling.top_p,
                 "top_k": step.sampling.top_k, "seed": step.sampling.seed,
                 "ignore_eos": step.sampling.ignore_eos,
-            }})
+            });
+            // Keys that came later change no fingerprint without them.
+            for (part, value) in sampling_changes(&step.sampling) {
+                fields[part] = json!(value);
+            }
+            json!({ "generate": fields })
         })
         .collect();
     json!({

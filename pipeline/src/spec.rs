@@ -90,6 +90,10 @@ pub struct GenerateSpec {
     pub temperature: Option<Spanned<f32>>,
     pub top_p: Option<Spanned<f32>>,
     pub top_k: Option<u32>,
+    pub min_p: Option<Spanned<f32>>,
+    pub repetition_penalty: Option<Spanned<f32>>,
+    pub presence_penalty: Option<Spanned<f32>>,
+    pub frequency_penalty: Option<Spanned<f32>>,
     pub seed: Option<u64>,
     /// Answers have `max_tokens` tokens, whatever the model says; for measuring.
     #[serde(default)]

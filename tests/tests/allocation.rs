@@ -5,7 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tidemill_kernels::models::{Checkpoint, KvConfig, ModelWeights, NumericPath, Transformer};
-use tidemill_kernels::step::{Model, PageId, SamplingParams, StepBatch};
+use tidemill_kernels::step::{Model, PageId, SamplingParams, StepBatch, TokenUse};
 use tidemill_tests::default_model;
 
 struct Counting;
@@ -29,13 +29,16 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// A chunk of a prompt and two decodes, at the same positions each time.
+/// A chunk of a prompt and three decodes, one with penalties, at the same positions each time.
 fn batch() -> StepBatch {
     let mut batch = StepBatch::default();
     let token_ids: Vec<u32> = (0..200).map(|i| 1000 + i * 7).collect();
     batch.push(&token_ids, 0, &[PageId(0), PageId(1), PageId(2), PageId(3)], Some(SamplingParams::GREEDY));
     batch.push(&[17], 70, &[PageId(4), PageId(5)], Some(SamplingParams::GREEDY));
     batch.push(&[19], 64, &[PageId(4), PageId(6)], Some(SamplingParams::GREEDY));
+    let penalties = SamplingParams { repetition_penalty: 1.1, min_p: 0.1, ..SamplingParams::GREEDY };
+    batch.push(&[19], 66, &[PageId(4), PageId(7)], Some(SamplingParams { temperature: 0.5, ..penalties }));
+    batch.push_uses(&[17, 19].map(|token_id| TokenUse { token_id, num_in_answer: 1 }));
     batch
 }
 
@@ -52,6 +55,6 @@ fn a_step_allocates_only_its_result() {
     let before = NUM_ALLOCATIONS.load(Ordering::Relaxed);
     let output = model.step(&batch).unwrap();
     let num_allocations = NUM_ALLOCATIONS.load(Ordering::Relaxed) - before;
-    assert_eq!(output.token_ids.len(), 3);
+    assert_eq!(output.token_ids.len(), 4);
     assert!(num_allocations <= 1, "{num_allocations} allocations in a step");
 }

@@ -73,7 +73,21 @@ fn mistakes_in_a_definition_name_their_place() {
     check(("max_tokens: 8", "max_token: 8"), &["pipeline.yaml:10:7", "max_token", "max_tokens"]);
     check(("max_tokens: 8", "max_tokens: many"), &["pipeline.yaml:10:", "many"]);
     check(("max_tokens: 8", "max_tokens: 0"), &["pipeline.yaml:10:19", "must be at least 1"]);
-    check(("max_tokens: 8", "temperature: -1"), &["pipeline.yaml:10:20", "between 0 and 10"]);
+    for (pair, place, words) in [
+        ("temperature: -1", "10:20", "between 0 and 10"),
+        ("top_p: 1.5", "10:14", "top_p is 1.5, it must be between 0 and 1"),
+        ("min_p: 1", "10:14", "min_p is 1, it must be at least 0 and below 1"),
+        ("min_p: -0.1", "10:14", "the most likely token"),
+        ("repetition_penalty: 0", "10:27", "repetition_penalty is 0, it must be finite and above 0"),
+        ("repetition_penalty: .inf", "10:27", "1 changes nothing"),
+        ("presence_penalty: 2.1", "10:25", "presence_penalty is 2.1, it must be between -2 and 2"),
+        ("frequency_penalty: .nan", "10:26", "frequency_penalty is NaN"),
+        ("frequency_penalty: -3", "10:26", "0 changes nothing"),
+    ] {
+        let key = format!("steps[0].generate.{}", pair.split(':').next().unwrap());
+        check(("max_tokens: 8", pair), &[&format!("pipeline.yaml:{place}"), &key, words]);
+    }
+    check(("max_tokens: 8", "min_p: low"), &["pipeline.yaml:10:", "low"]);
     check(("{{ body }}", "{{ boby }}"), &["pipeline.yaml:9:9", "\"boby\"", "did you mean \"body\"?"]);
     check(("{{ body }}", "{{ body "), &["pipeline.yaml:9", "not valid Jinja"]);
     check(("[id, body]", "[id, bodi]"), &["pipeline.yaml:3:", "\"bodi\"", "body"]);

@@ -42,7 +42,6 @@ pub(crate) struct CudaDevice {
     context: CUcontext,
     stream: CUstream,
     name: String,
-    num_multiprocessors: u32,
     capability: (i32, i32),
     modules: Modules,
     events: Mutex<Events>,
@@ -102,7 +101,6 @@ impl CudaDevice {
             get(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             get(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
-        let num_multiprocessors = get(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
         let max_shared_bytes = get(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0) as u32;
         let name = device_name(handle)?;
         open::check_capability(&name, capability)?;
@@ -117,7 +115,6 @@ impl CudaDevice {
             context: null_mut(),
             stream: null_mut(),
             name,
-            num_multiprocessors,
             capability,
             modules: Modules::new(capability, version, max_shared_bytes),
             events: Mutex::default(),
@@ -217,10 +214,6 @@ impl Drop for CudaDevice {
 impl Device for CudaDevice {
     fn name(&self) -> &str {
         &self.name
-    }
-
-    fn num_multiprocessors(&self) -> u32 {
-        self.num_multiprocessors
     }
 
     fn is_hopper(&self) -> bool {

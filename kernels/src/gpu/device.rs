@@ -110,8 +110,6 @@ pub enum DeviceError {
 /// A GPU, or what stands for it. Work is queued by one thread at a time.
 pub(crate) trait Device: Send + Sync + fmt::Debug {
     fn name(&self) -> &str;
-    /// Multiprocessors, each with blocks of its own.
-    fn num_multiprocessors(&self) -> u32;
     /// Whether kernels for sm_90a run.
     fn is_hopper(&self) -> bool;
     fn memory(&self) -> Result<DeviceMemory, DeviceError>;

@@ -217,10 +217,6 @@ impl Device for EmulatedDevice {
         "emulation"
     }
 
-    fn num_multiprocessors(&self) -> u32 {
-        4
-    }
-
     fn is_hopper(&self) -> bool {
         self.is_hopper
     }

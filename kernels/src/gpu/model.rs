@@ -2,7 +2,7 @@
 //!
 //! Starting a step fills a block of inputs, queues its copy and the kernels, and the copy of what was sampled back to
 //! the host; finishing it waits for that copy. Tokens of the step before that the host has not seen are read on the
-//! device. Steps of decodes alone are recorded as graphs, one for each size, and queued by one call.
+//! device. Steps of decodes alone, without penalties, are recorded as graphs, one for each size, and queued by one call.
 //!
 //! Invariant: at most two steps are in flight, each with a block of the host of its own; the device does them in order,
 //! so all other memory is there once.
@@ -12,14 +12,17 @@ mod experts;
 mod forward;
 mod inputs;
 mod memory;
+mod penalties;
 mod rope;
+mod scores;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use self::buffers::{Buffers, MAX_HEAD_ROWS};
+use self::buffers::Buffers;
 use self::forward::Head;
 use self::inputs::{Inputs, Layout, StepShape};
+use self::penalties::PenaltyInputs;
 use self::rope::DeviceRope;
 use super::device::{Device, DeviceError, Event, Graph};
 use super::memory::{DeviceVec, PinnedVec};
@@ -60,6 +63,7 @@ pub struct GpuModel {
     info: ModelInfo,
     runner: Runner,
     inputs: Inputs,
+    penalties: PenaltyInputs,
     /// What was sampled, for each block of inputs: ids, then error codes.
     results: [PinnedVec<u32>; 2],
     in_flight: VecDeque<Started>,
@@ -170,6 +174,7 @@ impl GpuModel {
             info,
             runner,
             inputs,
+            penalties: PenaltyInputs::new(&device)?,
             results,
             in_flight: VecDeque::new(),
             sampled_at: Vec::new(),
@@ -178,40 +183,6 @@ impl GpuModel {
             room,
             graphs: BTreeMap::new(),
         })
-    }
-
-    /// Runs a step and returns the logits after the last row of every sequence, `[num_seqs, vocab_size]`.
-    pub fn logits(&mut self, batch: &StepBatch) -> Result<Vec<f32>, StepError> {
-        batch.check(&self.info);
-        let rows: Vec<u32> = (0..batch.num_seqs()).map(|seq| batch.rows(seq).end as u32 - 1).collect();
-        self.logits_of(batch, &rows)
-    }
-
-    /// Runs a step and returns the logits after some of its rows.
-    fn logits_of(&mut self, batch: &StepBatch, rows: &[u32]) -> Result<Vec<f32>, StepError> {
-        assert!(self.in_flight.is_empty(), "a step is in flight");
-        let mut logits = Vec::with_capacity(rows.len() * self.info.vocab_size as usize);
-        for (index, rows) in rows.chunks(self.max_num_seqs().min(MAX_HEAD_ROWS)).enumerate() {
-            self.plan.plan(batch);
-            let shape = StepShape {
-                num_rows: batch.num_tokens(),
-                num_heads: rows.len(),
-                num_copies: batch.copies.len(),
-                room: self.plan.size(),
-            };
-            let layout = Layout::new(shape);
-            let plan_len = self.fill(batch, &layout, 0)?;
-            self.inputs.host(0, &layout).head_rows.copy_from_slice(rows);
-            self.inputs.upload(0, &layout, plan_len)?;
-            let inputs = self.inputs.there(&layout);
-            if index == 0 {
-                self.runner.layers(&layout, &inputs)?;
-            }
-            self.runner.head(&inputs, Head::Listed, 0, rows.len())?;
-            let chunk = self.runner.buffers.logits.read()?;
-            logits.extend_from_slice(&chunk[..rows.len() * self.info.vocab_size as usize]);
-        }
-        Ok(logits)
     }
 
     fn max_num_seqs(&self) -> usize {
@@ -268,7 +239,7 @@ impl GpuModel {
         for (seq, params) in wanted.take(host.head_rows.len()) {
             let row = batch.rows(seq).end - 1;
             host.head_rows[heads] = row as u32;
-            host.sampling[heads] = RowSampling::new(params, 0.0, batch.positions[row] + 1)
+            host.sampling[heads] = RowSampling::new(params, batch.positions[row] + 1)
                 .map_err(|error| sampling_failed(seq, error))?;
             heads += 1;
         }
@@ -283,7 +254,8 @@ impl GpuModel {
         let num_heads = batch.sampling.iter().flatten().count();
         let num_rows = batch.num_tokens();
         let is_decode = num_rows == batch.num_seqs() && num_heads == num_rows && batch.copies.is_empty();
-        let graph = if is_decode { self.graph_for(num_rows) } else { None };
+        let penalties = self.penalties.upload(batch, index)?;
+        let graph = if is_decode && penalties.is_none() { self.graph_for(num_rows) } else { None };
         let room = self.plan.size();
         let shape = match graph {
             Some(key) => StepShape {
@@ -306,7 +278,8 @@ impl GpuModel {
         batch.swaps.iter().try_for_each(|swap| self.runner.swap(swap))?;
         let inputs = self.inputs.there(&layout);
         let head = if is_decode { Head::All } else { Head::Listed };
-        let forward = || self.runner.forward(&layout, &inputs, head);
+        let penalties = penalties.map(|layout| self.penalties.there(&layout));
+        let forward = || self.runner.forward(&layout, &inputs, head, penalties.as_ref());
         match graph.map(|key| (key, self.graphs.get(&key))) {
             None => forward()?,
             Some((key, None)) => {

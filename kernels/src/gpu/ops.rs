@@ -23,20 +23,24 @@ mod store_kv;
 use half::bf16;
 
 pub(crate) use self::attention::{AttentionArgs, AttentionParts, PagedKv, attention};
-pub(crate) use self::combine::{Combine, CombineOut, combine};
+pub(crate) use self::combine::{Combine, combine};
 pub(crate) use self::copy_kv::{CopyKv, copy_kv};
 pub(crate) use self::embed::{Embed, embed};
 pub(crate) use self::gated::{Gated, gated};
 pub(crate) use self::gather::gather;
 pub(crate) use self::grouped_linear::{GroupedLinear, grouped_linear};
 pub(crate) use self::linear::{LinearOut, Matrix, MatrixValues, Rows, linear};
-pub(crate) use self::log_probs::{LogProbs, TopLogProbs, log_probs};
+#[cfg(test)]
+pub(crate) use self::log_probs::TopLogProbs;
+pub(crate) use self::log_probs::{LogProbs, log_probs};
 pub(crate) use self::penalties::{Penalties, RowPenalties, penalties};
 pub(crate) use self::quantize::quantize;
 pub(crate) use self::randomize::randomize;
 pub(crate) use self::rms_norm::{RmsNorm, rms_norm};
 pub(crate) use self::route::{Route, SortRoutes, route, sort_routes};
-pub(crate) use self::sample::{AllowedTokens, RowSampling, Sample, sample, sample_error};
+#[cfg(test)]
+pub(crate) use self::sample::AllowedTokens;
+pub(crate) use self::sample::{RowSampling, Sample, sample, sample_error};
 pub(crate) use self::scale_outer::scale_outer;
 pub use self::store_kv::KvDtype;
 pub(crate) use self::store_kv::{StoreKv, store_kv};

@@ -174,18 +174,6 @@ impl AttentionPlan {
         }
     }
 
-    pub(crate) fn tiles(&self) -> &[Tile] {
-        &self.tiles
-    }
-
-    pub(crate) fn wide_tiles(&self) -> &[Tile] {
-        &self.wide_tiles
-    }
-
-    pub(crate) fn merges(&self) -> &[Merge] {
-        &self.merges
-    }
-
     pub(crate) fn size(&self) -> PlanSize {
         PlanSize {
             tiles: self.tiles.len(),

@@ -8,6 +8,7 @@ mod attention;
 mod device;
 mod experts;
 mod gemm;
+mod host_time;
 mod log_probs;
 mod mistakes;
 mod model;
@@ -18,6 +19,7 @@ mod sample;
 mod scale_outer;
 mod store_kv;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use half::bf16;
@@ -49,6 +51,12 @@ fn device(order: i32) -> Arc<dyn Device> {
 
 fn is_cuda() -> bool {
     cfg!(feature = "cuda-tests") || std::env::var_os(FAKE_DRIVER_VARIABLE).is_some()
+}
+
+/// The folder of the workspace, also where only the program of the tests and some files were carried to.
+pub(super) fn sources() -> PathBuf {
+    let built = || Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    std::env::var_os("TIDEMILL_SOURCES").map_or_else(built, PathBuf::from)
 }
 
 /// One for each test, since tests run beside each other and a device is one queue.

@@ -4,7 +4,8 @@
 //! it, as the keys and values of a real model depend on all earlier tokens. To sample, the page table is walked from
 //! position 0 and hashed. A slot that was never written, that was written for another position, or that was computed
 //! after another history changes the answer and is counted as a fault.
-//! So an answer is a function of the tokens and the sampling parameters, unless the pages were wrong.
+//! So an answer is a function of the tokens and the sampling parameters, unless the pages were wrong, or the list of what
+//! was used where there are penalties.
 //!
 //! One that `runs_ahead` takes a second step while one is started, as a model on a device does: each is computed when
 //! it is finished, from the pages as the step before it left them.
@@ -12,7 +13,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::step::{Model, ModelInfo, PageId, PageSwap, SamplingParams, StepBatch, StepError, StepOutput};
+use crate::step::{
+    Model, ModelInfo, PageId, PageSwap, SamplingParams, StepBatch, StepError, StepOutput, TokenUse,
+};
 
 const START: u64 = 0x7469_6465_6d69_6c6c;
 const FAULT: u64 = 0x6661_756c_7400_0000;
@@ -187,12 +190,13 @@ impl FakeModel {
         for seq in 0..batch.num_seqs() {
             let last = batch.positions[batch.rows(seq).end - 1];
             let history = self.verified_history(batch.pages(seq), last);
-            output.token_ids[seq] = batch.sampling[seq].map(|params| self.answer(history, &params));
+            output.token_ids[seq] =
+                batch.sampling[seq].map(|params| self.answer(history, &params, batch.uses(seq)));
         }
         output
     }
 
-    fn answer(&self, history: u64, params: &SamplingParams) -> u32 {
+    fn answer(&self, history: u64, params: &SamplingParams, uses: &[TokenUse]) -> u32 {
         let mut hash = history;
         // Greedy answers do not depend on the seed, as in a real model.
         if params.temperature > 0.0 {
@@ -202,6 +206,17 @@ impl FakeModel {
                 hash = mix(hash, part);
             }
             hash = mix(hash, params.seed);
+            if params.min_p > 0.0 {
+                hash = mix(hash, params.min_p.to_bits().into());
+            }
+        }
+        if params.has_penalties() {
+            for part in [params.repetition_penalty, params.presence_penalty, params.frequency_penalty] {
+                hash = mix(hash, part.to_bits().into());
+            }
+            for token in uses {
+                hash = mix(hash, u64::from(token.token_id) << 32 | u64::from(token.num_in_answer));
+            }
         }
         let uniform = (mix(hash, 1) >> 11) as f64 / (1u64 << 53) as f64;
         if uniform < self.config.eos_probability {

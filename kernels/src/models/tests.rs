@@ -4,7 +4,8 @@ use expect_test::{Expect, expect};
 
 use super::*;
 use crate::gguf::build::Builder;
-use crate::step::{Model, PageId, SamplingParams, StepBatch};
+use crate::sample::{penalize, sample};
+use crate::step::{Model, PageId, SamplingParams, StepBatch, TokenUse};
 
 const HIDDEN: usize = 32;
 const INTERMEDIATE: usize = 48;
@@ -122,6 +123,36 @@ fn only_asked_rows_are_sampled() {
     assert_eq!(output.token_ids[1], None);
     assert!(output.token_ids[0].is_some());
     assert_eq!(output.token_ids[0], output.token_ids[2]);
+}
+
+#[test]
+fn penalties_are_for_their_own_sequence() {
+    let mut model = transformer(NumericPath::Fast);
+    let mut batch = batch(&TOKENS);
+    let plain = model.step(&batch).unwrap().token_ids[0].unwrap();
+    let penalties = SamplingParams {
+        repetition_penalty: 1.5,
+        frequency_penalty: 2.0,
+        presence_penalty: 2.0,
+        ..SamplingParams::GREEDY
+    };
+    let uses = [TokenUse { token_id: plain, num_in_answer: 3 }];
+    for (seq, sampling) in
+        [penalties, SamplingParams { temperature: 2.0, min_p: 0.5, ..penalties }].into_iter().enumerate()
+    {
+        batch.push(&TOKENS, 0, &[0, 2].map(|page| PageId(page + seq as u32 * 4)), Some(sampling));
+        batch.push_uses(&uses);
+    }
+    let output = model.step(&batch).unwrap();
+    assert_eq!(output.token_ids[0], Some(plain));
+    assert_ne!(output.token_ids[1], Some(plain));
+    let mut logits = model.logits(&batch);
+    let vocab_size = model.info().vocab_size as usize;
+    for (seq, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
+        let params = batch.sampling[seq].unwrap();
+        penalize(row, &params, batch.uses(seq));
+        assert_eq!(output.token_ids[seq], Some(sample(row, &params, TOKENS.len() as u32).unwrap()));
+    }
 }
 
 #[test]

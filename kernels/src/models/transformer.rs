@@ -13,7 +13,7 @@ use crate::models::experts::mix_experts;
 use crate::models::families::Activation;
 use crate::models::weights::{AnyLayers, Dense, FeedForward, Layer, Layers};
 use crate::models::{ENGINE_VERSION, ModelError, ModelWeights, NumericPath};
-use crate::sample::sample;
+use crate::sample::{penalize, sample};
 use crate::step::{Model, ModelInfo, StepBatch, StepError, StepOutput};
 use crate::team::{self, Team};
 
@@ -193,6 +193,11 @@ impl<B: Backend> Runner<B> {
             self.head_of_seqs(batch);
             let Buffers { head_seqs, logits, sampled, .. } = &mut self.buffers;
             let vocab_size = self.weights.config.vocab_size as usize;
+            for (&seq, logits) in head_seqs.iter().zip(logits.chunks_exact_mut(vocab_size)) {
+                if let Some(params) = &batch.sampling[seq] {
+                    penalize(logits, params, batch.uses(seq));
+                }
+            }
             sampled.clear();
             sampled.resize_with(head_seqs.len(), || Ok(0));
             team::for_each_chunk(sampled, 1, |i, sampled| {

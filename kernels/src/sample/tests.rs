@@ -84,8 +84,17 @@ fn what_cannot_be_sampled_is_an_error() {
     assert_eq!(sample(&[0.0], &params(-1.0, 0, 1.0, 0), 0), Err(SampleError::Temperature));
     assert_eq!(sample(&[0.0], &params(1.0, 0, 0.0, 0), 0), Err(SampleError::TopP));
     for min_p in [-0.1, 1.1, f32::NAN] {
-        assert_eq!(sample_above(&[0.0], &params(1.0, 0, 1.0, 0), min_p, 0), Err(SampleError::MinP));
+        let params = SamplingParams { min_p, ..params(1.0, 0, 1.0, 0) };
+        assert_eq!(sample(&[0.0], &params, 0), Err(SampleError::MinP));
     }
+    for repetition_penalty in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let params = SamplingParams { repetition_penalty, ..SamplingParams::GREEDY };
+        assert_eq!(sample(&[0.0], &params, 0), Err(SampleError::Penalties));
+    }
+    let params = SamplingParams { presence_penalty: f32::NAN, ..SamplingParams::GREEDY };
+    assert_eq!(sample(&[0.0], &params, 0), Err(SampleError::Penalties));
+    let params = SamplingParams { frequency_penalty: f32::INFINITY, ..SamplingParams::GREEDY };
+    assert_eq!(sample(&[0.0], &params, 0), Err(SampleError::Penalties));
 }
 
 #[test]
@@ -94,7 +103,8 @@ fn min_p_cuts_by_the_share_of_the_best() {
     let drawn = |temperature, min_p| {
         let mut drawn = [false; 4];
         for position in 0..2000 {
-            let id = sample_above(&logits, &params(temperature, 0, 1.0, 3), min_p, position).unwrap();
+            let params = SamplingParams { min_p, ..params(temperature, 0, 1.0, 3) };
+            let id = sample(&logits, &params, position).unwrap();
             drawn[id as usize] = true;
         }
         drawn
@@ -106,27 +116,27 @@ fn min_p_cuts_by_the_share_of_the_best() {
     assert_eq!(drawn(0.5, 0.3), [false, false, true, true]);
     assert_eq!(drawn(1.0, 1.0), [false, false, false, true]);
     let ties = [2.0, 1.0, 2.0];
-    let tied: Vec<u32> =
-        (0..100).map(|i| sample_above(&ties, &params(1.0, 0, 1.0, 1), 1.0, i).unwrap()).collect();
+    let only_best = SamplingParams { min_p: 1.0, ..params(1.0, 0, 1.0, 1) };
+    let tied: Vec<u32> = (0..100).map(|i| sample(&ties, &only_best, i).unwrap()).collect();
     assert!(tied.contains(&0) && tied.contains(&2) && !tied.contains(&1));
 }
 
 #[test]
 fn tokens_that_were_used_are_taken_down() {
-    let extras = SamplingExtras {
+    let params = SamplingParams {
         repetition_penalty: 2.0,
         presence_penalty: 0.5,
         frequency_penalty: 0.25,
-        ..SamplingExtras::NEUTRAL
+        ..SamplingParams::GREEDY
     };
     let of = |token_id, num_in_answer| TokenUse { token_id, num_in_answer };
     let mut logits = [4.0, -4.0, 4.0, -4.0, 4.0, f32::NEG_INFINITY];
     let before = logits;
     let uses = [of(0, 0), of(1, 0), of(2, 1), of(3, 3), of(5, 2)];
-    penalize(&mut logits, &extras, &uses);
+    penalize(&mut logits, &params, &uses);
     assert_eq!(logits, [2.0, -8.0, 1.25, -9.25, 4.0, f32::NEG_INFINITY]);
     logits = before;
-    penalize(&mut logits, &SamplingExtras::default(), &uses);
+    penalize(&mut logits, &SamplingParams::GREEDY, &uses);
     assert_eq!(logits, before);
 }
 

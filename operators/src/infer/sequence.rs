@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use tidemill_kernels::step::{HostPageId, PageId, SamplingParams};
+use tidemill_kernels::step::{HostPageId, PageId, SamplingParams, TokenUse};
 
 /// Names a sequence towards the caller, who keeps them distinct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -148,6 +148,8 @@ pub struct Sequence {
     pub prompt_len: usize,
     pub max_tokens: usize,
     pub sampling: SamplingParams,
+    /// What its penalties are for among the known tokens, in the order of the ids; empty without penalties.
+    pub token_uses: Vec<TokenUse>,
     /// Leading tokens whose keys and values are in `pages`.
     pub computed_len: usize,
     /// How many tokens each planned step computes, the oldest step first; 0 leaves the sequence out.
@@ -190,6 +192,7 @@ impl Sequence {
             prompt_len: request.token_ids.len(),
             max_tokens: request.max_tokens as usize,
             sampling: request.sampling,
+            token_uses: uses_of_prompt(&request.token_ids, &request.sampling),
             computed_len: 0,
             chunk_lens: [0; MAX_PLANNED],
             fate: Fate::GoesOn,
@@ -225,6 +228,12 @@ impl Sequence {
     /// Whether a planned step samples a token for this sequence.
     pub fn is_sampled_in(&self, step: usize) -> bool {
         self.chunk_lens[step] > 0 && self.chunk(step).end == self.known_len_after(step)
+    }
+
+    /// Whether a planned step before this one samples a token that must be known before the next is chosen: penalties
+    /// are for tokens that the host has seen.
+    pub fn awaits_token(&self, step: usize) -> bool {
+        self.sampling.has_penalties() && (0..step).any(|step| self.is_sampled_in(step))
     }
 
     /// Tokens known when so many of the planned steps are done and none of them has ended the sequence early.
@@ -275,7 +284,17 @@ impl Sequence {
             return Some(FinishReason::Stop);
         }
         self.token_ids.push(token_id);
+        if self.sampling.has_penalties() {
+            self.count_use(token_id);
+        }
         (self.answer_len() == self.max_tokens).then_some(FinishReason::Length)
+    }
+
+    fn count_use(&mut self, token_id: u32) {
+        match self.token_uses.binary_search_by_key(&token_id, |token| token.token_id) {
+            Ok(place) => self.token_uses[place].num_in_answer += 1,
+            Err(place) => self.token_uses.insert(place, TokenUse { token_id, num_in_answer: 1 }),
+        }
     }
 
     /// It has left. A planned step may compute one token more: the one that was sampled last, which no answer has.
@@ -297,9 +316,48 @@ impl Sequence {
     }
 }
 
+/// What penalties are for before there is an answer.
+fn uses_of_prompt(token_ids: &[u32], sampling: &SamplingParams) -> Vec<TokenUse> {
+    if !sampling.penalizes_prompt() {
+        return Vec::new();
+    }
+    let mut uses: Vec<TokenUse> =
+        token_ids.iter().map(|&token_id| TokenUse { token_id, num_in_answer: 0 }).collect();
+    uses.sort_unstable_by_key(|token| token.token_id);
+    uses.dedup();
+    uses
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn uses_are_counted_for_penalties_alone() {
+        let of = |token_id, num_in_answer| TokenUse { token_id, num_in_answer };
+        for (sampling, before, after) in [
+            (SamplingParams::GREEDY, vec![], vec![]),
+            (
+                SamplingParams { frequency_penalty: 0.5, ..SamplingParams::GREEDY },
+                vec![],
+                vec![of(3, 1), of(8, 2)],
+            ),
+            (
+                SamplingParams { repetition_penalty: 1.1, ..SamplingParams::GREEDY },
+                vec![of(2, 0), of(5, 0), of(8, 0)],
+                vec![of(2, 0), of(3, 1), of(5, 0), of(8, 2)],
+            ),
+        ] {
+            let request = SequenceRequest::new(SequenceId(0), Arc::from([8, 2, 5, 2, 8]), 9, sampling);
+            let mut sequence = Sequence::new(&request, 0);
+            assert_eq!(sequence.token_uses, before);
+            for token_id in [8, 3, 8, 0] {
+                sequence.computed_len = sequence.known_len();
+                sequence.push_sampled(token_id, &[0]);
+            }
+            assert_eq!(sequence.token_uses, after);
+        }
+    }
 
     #[test]
     fn a_reason_is_stored_as_it_is_shown() {

@@ -58,7 +58,9 @@ fn damaged_values_are_read_as_far_as_they_go() {
 #[test]
 fn a_key_depends_on_everything_that_decides_the_answer() {
     let greedy = SamplingParams::GREEDY;
-    let key = |digest: &str, ids: &[u32], max: u32, sampling| JournalKey::new(digest, ids, max, sampling);
+    let key = |digest: &str, ids: &[u32], max: u32, sampling: &SamplingParams| {
+        JournalKey::new(digest, ids, max, sampling)
+    };
     let base = key("m", &[1, 2], 8, &greedy);
     assert_eq!(base, key("m", &[1, 2], 8, &greedy));
     for other in [
@@ -68,9 +70,35 @@ fn a_key_depends_on_everything_that_decides_the_answer() {
         key("m", &[1, 2], 8, &SamplingParams { temperature: 0.5, ..greedy }),
         key("m", &[1, 2], 8, &SamplingParams { seed: 1, ..greedy }),
         key("m", &[1, 2], 8, &SamplingParams { ignore_eos: true, ..greedy }),
+        key("m", &[1, 2], 8, &SamplingParams { min_p: 0.1, ..greedy }),
+        key("m", &[1, 2], 8, &SamplingParams { repetition_penalty: 1.5, ..greedy }),
+        key("m", &[1, 2], 8, &SamplingParams { presence_penalty: 0.5, ..greedy }),
+        key("m", &[1, 2], 8, &SamplingParams { frequency_penalty: 0.5, ..greedy }),
     ] {
         assert_ne!(base, other);
     }
+    let presence = key("m", &[1, 2], 8, &SamplingParams { presence_penalty: 0.5, ..greedy });
+    let frequency = key("m", &[1, 2], 8, &SamplingParams { frequency_penalty: 0.5, ..greedy });
+    assert_ne!(presence, frequency);
+}
+
+/// Runs that were begun by an earlier version are continued.
+#[test]
+fn a_key_stays_what_it_was() {
+    let sampling =
+        SamplingParams { temperature: 0.5, top_p: 0.9, top_k: 3, seed: 7, ..SamplingParams::GREEDY };
+    let mut bytes = Vec::new();
+    bytes.extend_from_slice(&1u32.to_le_bytes());
+    bytes.extend_from_slice(&1u64.to_le_bytes());
+    bytes.extend_from_slice(b"m");
+    bytes.extend_from_slice(&8u32.to_le_bytes());
+    bytes.extend_from_slice(&0.5f32.to_le_bytes());
+    bytes.extend_from_slice(&0.9f32.to_le_bytes());
+    bytes.extend_from_slice(&3u32.to_le_bytes());
+    bytes.extend_from_slice(&7u64.to_le_bytes());
+    bytes.push(0);
+    bytes.extend_from_slice(&[1, 0, 0, 0, 2, 0, 0, 0]);
+    assert_eq!(JournalKey::new("m", &[1, 2], 8, &sampling).0, *blake3::hash(&bytes).as_bytes());
 }
 
 #[test]

@@ -219,6 +219,14 @@ fn attributes(model: &str, answered: &Answered<'_>) -> Vec<KeyValue> {
     if sampling.top_k > 0 {
         attributes.push(KeyValue::new("gen_ai.request.top_k", i64::from(sampling.top_k)));
     }
+    for (name, penalty) in [
+        ("gen_ai.request.presence_penalty", sampling.presence_penalty),
+        ("gen_ai.request.frequency_penalty", sampling.frequency_penalty),
+    ] {
+        if penalty != 0.0 {
+            attributes.push(KeyValue::new(name, f64::from(penalty)));
+        }
+    }
     attributes
 }
 

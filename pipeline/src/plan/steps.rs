@@ -81,21 +81,91 @@ fn generate(
 }
 
 fn sampling(definition: &Definition, spec: &GenerateSpec, key: &str) -> Result<SamplingParams> {
-    let in_range = |value: &Option<Spanned<f32>>, part: &str, default: f32, most: f32| -> Result<f32> {
-        let Some(value) = value else { return Ok(default) };
-        if !(0.0..=most).contains(&value.value) {
-            let message = format!("{part} is {}, it must be between 0 and {most}", value.value);
-            return Err(definition.error(value, &format!("{key}.{part}"), message, None));
-        }
-        Ok(value.value)
-    };
+    let number = |value: &Option<Spanned<f32>>, limits: &Limits| limits.check(definition, value, key);
     Ok(SamplingParams {
-        temperature: in_range(&spec.temperature, "temperature", 0.0, 10.0)?,
-        top_p: in_range(&spec.top_p, "top_p", 1.0, 1.0)?,
+        temperature: number(&spec.temperature, &TEMPERATURE)?,
+        top_p: number(&spec.top_p, &TOP_P)?,
         top_k: spec.top_k.unwrap_or(0),
         seed: spec.seed.unwrap_or(0),
         ignore_eos: spec.ignore_eos,
+        min_p: number(&spec.min_p, &MIN_P)?,
+        repetition_penalty: number(&spec.repetition_penalty, &REPETITION_PENALTY)?,
+        presence_penalty: number(&spec.presence_penalty, &PRESENCE_PENALTY)?,
+        frequency_penalty: number(&spec.frequency_penalty, &FREQUENCY_PENALTY)?,
     })
+}
+
+/// The numbers of a step that change how tokens are chosen, under their keys.
+pub fn sampling_changes(params: &SamplingParams) -> Vec<(&'static str, f32)> {
+    let values = [
+        (&TEMPERATURE, params.temperature),
+        (&TOP_P, params.top_p),
+        (&MIN_P, params.min_p),
+        (&REPETITION_PENALTY, params.repetition_penalty),
+        (&PRESENCE_PENALTY, params.presence_penalty),
+        (&FREQUENCY_PENALTY, params.frequency_penalty),
+    ];
+    let changes = values.into_iter().filter(|(limits, value)| *value != limits.neutral);
+    changes.map(|(limits, value)| (limits.part, value)).collect()
+}
+
+/// What a number of a step may be.
+struct Limits {
+    part: &'static str,
+    /// Where it is left out.
+    neutral: f32,
+    is_legal: fn(f32) -> bool,
+    range: &'static str,
+    help: Option<&'static str>,
+}
+
+const TEMPERATURE: Limits = Limits {
+    part: "temperature",
+    neutral: 0.0,
+    is_legal: |value| (0.0..=10.0).contains(&value),
+    range: "between 0 and 10",
+    help: None,
+};
+const TOP_P: Limits = Limits {
+    part: "top_p",
+    neutral: 1.0,
+    is_legal: |value| (0.0..=1.0).contains(&value),
+    range: "between 0 and 1",
+    help: None,
+};
+const MIN_P: Limits = Limits {
+    part: "min_p",
+    neutral: 0.0,
+    is_legal: |value| (0.0..1.0).contains(&value),
+    range: "at least 0 and below 1",
+    help: Some("it is a share of the probability of the most likely token, such as 0.05; 0 keeps all tokens"),
+};
+const REPETITION_PENALTY: Limits = Limits {
+    part: "repetition_penalty",
+    neutral: 1.0,
+    is_legal: |value| value > 0.0 && value.is_finite(),
+    range: "finite and above 0",
+    help: Some("1 changes nothing; above it, tokens of the prompt and the answer become less likely"),
+};
+const PRESENCE_PENALTY: Limits = Limits {
+    part: "presence_penalty",
+    neutral: 0.0,
+    is_legal: |value| (-2.0..=2.0).contains(&value),
+    range: "between -2 and 2",
+    help: Some("0 changes nothing; above it, tokens of the answer become less likely"),
+};
+const FREQUENCY_PENALTY: Limits = Limits { part: "frequency_penalty", ..PRESENCE_PENALTY };
+
+impl Limits {
+    fn check(&self, definition: &Definition, value: &Option<Spanned<f32>>, key: &str) -> Result<f32> {
+        let Some(value) = value else { return Ok(self.neutral) };
+        if !(self.is_legal)(value.value) {
+            let message = format!("{} is {}, it must be {}", self.part, value.value, self.range);
+            let help = self.help.map(str::to_owned);
+            return Err(definition.error(value, &format!("{key}.{}", self.part), message, help));
+        }
+        Ok(value.value)
+    }
 }
 
 /// Compiles a template and returns the earlier steps it uses.

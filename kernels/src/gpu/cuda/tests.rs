@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::*;
 use crate::gpu::image::{SOURCES, Source};
-use crate::gpu::tests::FAKE_DRIVER_VARIABLE;
+use crate::gpu::tests::{FAKE_DRIVER_VARIABLE, sources};
 
 /// Something of CUDA is not there; a failure where it must be.
 fn missing(what: &str) {
@@ -46,10 +46,10 @@ fn machines_that_will_not_do_are_refused() {
 /// Every function of the driver that is called is looked for first, since cudarc panics where one is missing.
 #[test]
 fn all_driver_functions_are_looked_for() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/gpu");
-    let files = std::fs::read_dir(format!("{folder}/cuda")).unwrap().map(|entry| entry.unwrap().path());
+    let folder = sources().join("kernels/src/gpu");
+    let files = std::fs::read_dir(folder.join("cuda")).unwrap().map(|entry| entry.unwrap().path());
     let mut called = std::collections::BTreeSet::new();
-    for file in files.chain([format!("{folder}/cuda.rs").into()]) {
+    for file in files.chain([folder.join("cuda.rs")]) {
         let text = std::fs::read_to_string(file).unwrap();
         for call in text.split(concat!("sys", "::cu")).skip(1) {
             let name: String = call.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::process::Command;
 
 use super::*;
+use crate::gpu::tests::sources;
 
 #[test]
 fn every_file_is_embedded() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+    let folder = sources().join("kernels/cuda");
     let mut files: Vec<String> = std::fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -4,8 +4,7 @@
 use super::Runner;
 use crate::gpu::device::DeviceError;
 use crate::gpu::ops::{
-    Combine, CombineOut, GroupedLinear, LinearOut, Route, Rows, SortRoutes, combine, grouped_linear, route,
-    sort_routes,
+    Combine, GroupedLinear, LinearOut, Route, Rows, SortRoutes, combine, grouped_linear, route, sort_routes,
 };
 use crate::gpu::weights::GpuExperts;
 
@@ -73,7 +72,7 @@ impl Runner {
             answers: &routing.answers,
             weights: &routing.weights,
             routes_of: &routing.routes_of,
-            out: CombineOut::Bf16(&buffers.part),
+            out: &buffers.part,
         };
         combine(device, &args)
     }

@@ -5,11 +5,13 @@
 use super::Runner;
 use super::buffers::MAX_HEAD_ROWS;
 use super::inputs::{DeviceInputs, Layout};
+use super::penalties::DevicePenalties;
 use crate::gpu::device::DeviceError;
 use crate::gpu::memory::DeviceSlice;
 use crate::gpu::ops::{
-    AttentionArgs, CopyKv, Embed, Gated, KvDtype, LinearOut, Matrix, PagedKv, RmsNorm, Rows, RowsOut, Sample,
-    StoreKv, attention, copy_kv, embed, gated, gather, linear, quantize, rms_norm, sample, store_kv,
+    AttentionArgs, CopyKv, Embed, Gated, KvDtype, LinearOut, Matrix, PagedKv, Penalties, RmsNorm, Rows,
+    RowsOut, Sample, StoreKv, attention, copy_kv, embed, gated, gather, linear, penalties, quantize,
+    rms_norm, sample, store_kv,
 };
 use crate::gpu::weights::{GpuFeedForward, GpuLayer};
 
@@ -29,12 +31,16 @@ impl Runner {
         layout: &Layout,
         inputs: &DeviceInputs<'_>,
         head: Head,
+        penalties: Option<&DevicePenalties<'_>>,
     ) -> Result<(), DeviceError> {
         self.layers(layout, inputs)?;
         let num_heads = layout.shape.num_heads;
         for first in (0..num_heads).step_by(MAX_HEAD_ROWS) {
             let num_rows = MAX_HEAD_ROWS.min(num_heads - first);
             self.head(inputs, head, first, num_rows)?;
+            if let Some(penalties) = penalties {
+                self.penalize(penalties, first, num_rows)?;
+            }
             self.sample(inputs, first, num_rows)?;
         }
         Ok(())
@@ -213,6 +219,25 @@ impl Runner {
             }
         };
         self.linear(num_rows, rows, weights.output(), LinearOut::F32(&buffers.logits))
+    }
+
+    /// Takes down the logits of rows `first..first + num_rows` of those that met the head.
+    fn penalize(
+        &self,
+        of_step: &DevicePenalties<'_>,
+        first: usize,
+        num_rows: usize,
+    ) -> Result<(), DeviceError> {
+        let args = Penalties {
+            num_rows,
+            vocab_size: self.weights.config.vocab_size as usize,
+            logits: &self.buffers.logits,
+            rows_of: None,
+            penalties: of_step.penalties.part(first, num_rows),
+            indptr: of_step.indptr.part(first, num_rows + 1),
+            uses: of_step.uses,
+        };
+        penalties(&*self.device, &args)
     }
 
     /// Tokens of rows `first..first + num_rows` of those that met the head.

@@ -10,7 +10,7 @@ use crate::gpu::memory::{DeviceSlice, DeviceVec, PinnedVec, Plain};
 use crate::gpu::ops::RowSampling;
 use crate::gpu::plan::{PlanLayout, PlanSize};
 
-const ALIGN: usize = 256;
+pub(super) const ALIGN: usize = 256;
 
 /// Sizes of a step, with what is there for padding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,7 +158,7 @@ impl Inputs {
 }
 
 /// The first `len` numbers of an aligned piece of memory.
-fn as_plain<T: Plain>(bytes: &mut [u8], len: usize) -> &mut [T] {
+pub(super) fn as_plain<T: Plain>(bytes: &mut [u8], len: usize) -> &mut [T] {
     let pointer = bytes.as_mut_ptr().cast::<T>();
     assert!(pointer.is_aligned() && len * size_of::<T>() <= bytes.len());
     // SAFETY: alignment and length were checked, any bytes are a plain number, and `bytes` is borrowed alone.

@@ -8,12 +8,6 @@ use crate::gpu::memory::DeviceVec;
 
 const KERNEL: Kernel = Kernel { name: "combine", source: "combine", block: 128, shared_bytes: 0 };
 
-/// What the sums become.
-pub(crate) enum CombineOut<'a> {
-    Bf16(&'a DeviceVec<bf16>),
-    F32(&'a DeviceVec<f32>),
-}
-
 pub(crate) struct Combine<'a> {
     pub(crate) num_tokens: usize,
     pub(crate) num_chosen: usize,
@@ -25,7 +19,7 @@ pub(crate) struct Combine<'a> {
     /// `[num_tokens, num_chosen]`, as `sort_routes` wrote them.
     pub(crate) routes_of: &'a DeviceVec<u32>,
     /// `[num_tokens, size]`, written
-    pub(crate) out: CombineOut<'a>,
+    pub(crate) out: &'a DeviceVec<bf16>,
 }
 
 #[derive(Clone, Copy)]
@@ -35,7 +29,6 @@ struct Params {
     weights: Address,
     routes_of: Address,
     out: Address,
-    out_f32: Address,
     size: u32,
     num_chosen: u32,
 }
@@ -46,22 +39,12 @@ pub(crate) fn combine(device: &dyn Device, args: &Combine<'_>) -> Result<(), Dev
     let num_routes = num_tokens * num_chosen;
     assert!(args.answers.len() >= num_routes * size);
     assert!(args.weights.len() >= num_routes && args.routes_of.len() >= num_routes);
-    let (out, out_f32) = match args.out {
-        CombineOut::Bf16(out) => {
-            assert!(out.len() >= num_tokens * size);
-            (out.address(), Address::NULL)
-        }
-        CombineOut::F32(out) => {
-            assert!(out.len() >= num_tokens * size);
-            (Address::NULL, out.address())
-        }
-    };
+    assert!(args.out.len() >= num_tokens * size);
     let params = Params {
         answers: args.answers.address(),
         weights: args.weights.address(),
         routes_of: args.routes_of.address(),
-        out,
-        out_f32,
+        out: args.out.address(),
         size: size as u32,
         num_chosen: num_chosen as u32,
     };

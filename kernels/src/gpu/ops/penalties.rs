@@ -3,8 +3,8 @@
 
 use super::launch;
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
-use crate::gpu::memory::{DeviceVec, Plain};
-use crate::sample::{SamplingExtras, TokenUse};
+use crate::gpu::memory::{DeviceSlice, DeviceVec, Plain};
+use crate::step::{SamplingParams, TokenUse};
 
 const KERNEL: Kernel = Kernel { name: "penalties", source: "penalties", block: 256, shared_bytes: 0 };
 
@@ -22,12 +22,12 @@ unsafe impl Plain for RowPenalties {}
 // SAFETY: two numbers of 32 bits.
 unsafe impl Plain for TokenUse {}
 
-impl From<&SamplingExtras> for RowPenalties {
-    fn from(extras: &SamplingExtras) -> Self {
+impl From<&SamplingParams> for RowPenalties {
+    fn from(params: &SamplingParams) -> Self {
         Self {
-            repetition: extras.repetition_penalty,
-            presence: extras.presence_penalty,
-            frequency: extras.frequency_penalty,
+            repetition: params.repetition_penalty,
+            presence: params.presence_penalty,
+            frequency: params.frequency_penalty,
         }
     }
 }
@@ -40,11 +40,11 @@ pub(crate) struct Penalties<'a> {
     /// `[num_rows]`: which rows of `logits`, none twice; the first ones if absent.
     pub(crate) rows_of: Option<&'a DeviceVec<u32>>,
     /// `[num_rows]`
-    pub(crate) penalties: &'a DeviceVec<RowPenalties>,
+    pub(crate) penalties: DeviceSlice<'a, RowPenalties>,
     /// `[num_rows + 1]`
-    pub(crate) indptr: &'a DeviceVec<u32>,
+    pub(crate) indptr: DeviceSlice<'a, u32>,
     /// `[indptr.last()]`; a token of a row has one.
-    pub(crate) uses: &'a DeviceVec<TokenUse>,
+    pub(crate) uses: DeviceSlice<'a, TokenUse>,
 }
 
 #[derive(Clone, Copy)]

@@ -38,9 +38,9 @@ impl RowSampling {
     pub(crate) const SKIP: Self =
         Self { seed: 0, position: 0, top_k: 0, temperature: 0.0, margin: 0.0, top_p: 1.0, kind: 0 };
 
-    /// The parameters of `crate::sample::sample_above`, checked.
-    pub(crate) fn new(params: &SamplingParams, min_p: f32, position: u32) -> Result<Self, SampleError> {
-        let (kind, margin) = match Choice::of(params, min_p)? {
+    /// The parameters of `crate::sample::sample`, checked.
+    pub(crate) fn new(params: &SamplingParams, position: u32) -> Result<Self, SampleError> {
+        let (kind, margin) = match Choice::of(params)? {
             Choice::Greedy => (1, 0.0),
             Choice::Draw { margin } => (2, margin),
         };

@@ -30,7 +30,7 @@ fn planned(options: PlanOptions, batch: &StepBatch) -> AttentionPlan {
 /// Rows and keys of tiles, with the first part row.
 fn tiles(plan: &AttentionPlan) -> Vec<(Range<u32>, Range<u32>, Option<u32>)> {
     let tile = |tile: &Tile| (tile.row0..tile.row0 + tile.num_rows, tile.k0..tile.k1, tile.part);
-    plan.tiles().iter().map(tile).collect()
+    plan.tiles.iter().map(tile).collect()
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn decodes_are_cut_along_their_keys_and_chunks_along_their_rows() {
         ]
     );
     let none = Parts { first: 0, stride: 4, len: 0 };
-    assert_eq!(plan.merges(), [Merge { token: 0, shared: none, own: Parts { first: 0, stride: 4, len: 3 } }]);
+    assert_eq!(plan.merges, [Merge { token: 0, shared: none, own: Parts { first: 0, stride: 4, len: 3 } }]);
     assert_eq!(
         plan.size(),
         PlanSize { tiles: 8, wide_tiles: 0, merges: 1, tokens: 71, pages: 7, part_rows: 12 }
@@ -62,15 +62,15 @@ fn decodes_are_cut_along_their_keys_and_chunks_along_their_rows() {
 fn long_chunks_end_where_their_last_row_does() {
     let batch = batch(&[(100, 300, &[0, 1, 2, 3, 4, 5, 6])]);
     let plan = planned(PlanOptions { batch_invariant: true, ..OPTIONS }, &batch);
-    let ends: Vec<_> = plan.tiles().iter().map(|tile| (tile.k1, tile.min_position, tile.split)).collect();
+    let ends: Vec<_> = plan.tiles.iter().map(|tile| (tile.k1, tile.min_position, tile.split)).collect();
     assert_eq!(ends[..2], [(400, 388, 128), (388, 372, 128)]);
     assert_eq!(ends[17..], [(132, 116, 128), (116, 100, 0)]);
     // A place for what each row has merged so far.
     assert_eq!(plan.size().part_rows, 18 * 64 - 16);
     let plan = planned(PlanOptions { wide_tiles: true, ..OPTIONS }, &batch);
-    assert!(plan.tiles().is_empty());
-    assert_eq!(plan.wide_tiles().len(), 1200usize.div_ceil(WIDE_ROWS));
-    assert_eq!(plan.wide_tiles()[0].k1, 400);
+    assert!(plan.tiles.is_empty());
+    assert_eq!(plan.wide_tiles.len(), 1200usize.div_ceil(WIDE_ROWS));
+    assert_eq!(plan.wide_tiles[0].k1, 400);
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn a_common_prefix_is_read_once() {
         own: Parts { first: own, stride, len },
     };
     assert_eq!(
-        plan.merges(),
+        plan.merges,
         [merge(4, 0, 16, 4, 1), merge(0, 4, 20, 4, 2), merge(2, 8, 28, 8, 2), merge(3, 12, 32, 8, 2)]
     );
 }
@@ -110,7 +110,7 @@ fn what_does_not_fit_is_not_cut() {
     {
         for batch_invariant in [false, true] {
             let plan = planned(PlanOptions { max_part_rows, batch_invariant, ..OPTIONS }, &batch);
-            let lens: Vec<_> = plan.tiles().iter().map(|tile| tile.k1 - tile.k0).collect();
+            let lens: Vec<_> = plan.tiles.iter().map(|tile| tile.k1 - tile.k0).collect();
             assert_eq!(lens, expected);
             assert!(plan.size().part_rows <= max_part_rows);
         }
@@ -150,7 +150,7 @@ fn rows_of_tiles(
             .find(|&seq| batch.rows(seq).contains(&(token as usize)))
             .expect("a row of the batch")
     };
-    for tile in plan.tiles().iter().chain(plan.wide_tiles()) {
+    for tile in plan.tiles.iter().chain(&plan.wide_tiles) {
         let positions = (0..tile.num_rows).map(|row| {
             let packed = (tile.row0 + row) as usize;
             let token = plan.tokens[packed / group_len];
@@ -233,7 +233,7 @@ fn every_row_sees_its_keys_once() {
         assert!(plan.size().part_rows <= options.max_part_rows);
         for token in 0..batch.num_tokens() as u32 {
             let end = batch.positions[token as usize] + 1;
-            let merges: Vec<_> = plan.merges().iter().filter(|merge| merge.token == token).collect();
+            let merges: Vec<_> = plan.merges.iter().filter(|merge| merge.token == token).collect();
             for head in 0..group_len {
                 let ends: Vec<_> =
                     whole.iter().filter(|(row, _)| *row == (token, head)).map(|(_, keys)| keys).collect();

@@ -8,7 +8,7 @@ use crate::gpu::ops::{RmsNorm, RowsOut, rms_norm};
 #[test]
 fn copies_go_there_and_back() {
     for device in devices() {
-        assert!(device.num_multiprocessors() > 0 && !device.name().is_empty());
+        assert!(!device.name().is_empty());
         let mut array = put(&device, &[1u32, 2, 3, 4, 5]);
         array.write(3, &[40, 50]).unwrap();
         let copied: DeviceVec<u32> = fresh(&device, 2);

@@ -1,14 +1,15 @@
 //! Whole tiny models of every family through the emulated kernels, against the f32 reference and against themselves
 //! under other schedules.
 
-use std::path::Path;
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::*;
 use crate::gpu::model::{GpuModel, GpuModelConfig, KvMemory};
 use crate::gpu::{DeviceError, Gpu, GpuError, GpuOptions, GpuWeights, KvDtype, WeightDtype};
 use crate::models::{Checkpoint, KvConfig, ModelError, ModelWeights, NumericPath, Transformer};
-use crate::step::{Model, PageId, SamplingParams, StepBatch};
+use crate::sample::{penalize, sample};
+use crate::step::{Model, PageId, SamplingParams, StepBatch, TokenUse};
 
 const FAMILIES: [&str; 6] = ["llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3"];
 /// Relative to the largest logit: activations of some layers rounded to 8 bits of mantissa, or to 4.
@@ -16,7 +17,7 @@ const MODEL_BF16_TOLERANCE: f32 = 0.04;
 const MODEL_E4M3_TOLERANCE: f32 = 0.25;
 
 fn checkpoint(family: &str) -> Checkpoint {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/tiny");
+    let tiny = sources().join("tests/reference/tiny");
     Checkpoint::open(&tiny.join(family)).unwrap()
 }
 
@@ -74,6 +75,22 @@ fn logits_are_those_of_the_reference() {
             GpuOptions { weight_dtype: WeightDtype::E4m3, kv_dtype: KvDtype::E4m3, ..GpuOptions::default() };
         let actual = model(&device, family, options, 16).logits(&batch).unwrap();
         assert_close(&actual, &expected, MODEL_E4M3_TOLERANCE, &format!("{family} in e4m3"));
+    }
+}
+
+/// Long chunks take the kernel for Hopper there, and the other one elsewhere.
+#[test]
+fn a_long_prompt_has_the_reference_s_logits_on_every_kind_of_device() {
+    let prompt = &prompts(&[250])[0];
+    let mut batch = StepBatch::default();
+    let pages: Vec<PageId> = (0..16).map(|i| PageId(i * 7 % 16)).collect();
+    batch.push(prompt, 0, &pages, Some(SamplingParams::GREEDY));
+    for family in ["qwen3", "mistral"] {
+        let expected = reference(family).logits(&batch);
+        for device in [EmulatedDevice::new(0), EmulatedDevice::new(0).before_hopper()] {
+            let actual = model(&device.shared(), family, GpuOptions::default(), 16).logits(&batch).unwrap();
+            assert_close(&actual, &expected, MODEL_BF16_TOLERANCE, family);
+        }
     }
 }
 
@@ -212,6 +229,190 @@ fn greedy_answers_are_those_of_the_reference() {
             assert!(best - logits[token as usize] <= MODEL_BF16_TOLERANCE * scale, "token {token} of {seq}");
             tokens.push(token);
         }
+    }
+}
+
+/// Sequences with parameters of their own, of which each begins a step after the one before.
+struct Requests {
+    prompts: Vec<Vec<u32>>,
+    sampling: Vec<SamplingParams>,
+    num_tokens: usize,
+}
+
+impl Requests {
+    /// Every other one has penalties. The prompts become longer, so the list of what they use grows.
+    fn new(sampling: SamplingParams) -> Self {
+        let prompts = prompts(&[4, 4, 30, 9, 110, 100]);
+        let is_plain = |seq: usize| seq % 2 == 1;
+        let sampling = (0..prompts.len())
+            .map(|seq| if is_plain(seq) { SamplingParams::GREEDY } else { sampling })
+            .collect();
+        Self { prompts, sampling, num_tokens: 6 }
+    }
+
+    fn uses(&self, seq: usize, answer: &[u32]) -> Vec<TokenUse> {
+        let mut ids = [&self.prompts[seq], answer].concat();
+        ids.sort_unstable();
+        ids.dedup();
+        let times = |token_id| answer.iter().filter(|&&id| id == token_id).count() as u32;
+        ids.into_iter().map(|token_id| TokenUse { token_id, num_in_answer: times(token_id) }).collect()
+    }
+
+    /// The next step, and for which sequences it is, when so many tokens of each answer are being computed.
+    fn batch(
+        &self,
+        answers: &[Vec<u32>],
+        num_started: &[usize],
+        before: &[usize],
+    ) -> (StepBatch, Vec<usize>) {
+        let (mut batch, mut seqs) = (StepBatch::default(), Vec::new());
+        for (seq, answer) in answers.iter().enumerate() {
+            let is_due = num_started[..seq].iter().all(|&num| num > 0);
+            let (num_known, params) = (answer.len(), self.sampling[seq]);
+            if !is_due || num_started[seq] == self.num_tokens {
+                continue;
+            }
+            let position = (self.prompts[seq].len() + num_started[seq]) as u32 - 1;
+            match num_started[seq] {
+                0 => batch.push(&self.prompts[seq], 0, &pages(seq, 16), Some(params)),
+                num if num == num_known => {
+                    batch.push(&answer[num - 1..], position, &pages(seq, 16), Some(params));
+                }
+                _ if params.has_penalties() => continue,
+                _ => {
+                    let sampled_by = before.iter().position(|&other| other == seq).unwrap();
+                    batch.push_ahead(sampled_by as u32, position, &pages(seq, 16), Some(params));
+                }
+            }
+            if params.has_penalties() {
+                batch.push_uses(&self.uses(seq, answer));
+            }
+            seqs.push(seq);
+        }
+        (batch, seqs)
+    }
+
+    /// All answers, with up to so many steps at once; `look` sees the model and each step that runs alone.
+    fn run(
+        &self,
+        model: &mut GpuModel,
+        max_started: usize,
+        mut look: impl FnMut(&mut GpuModel, &StepBatch, &[Option<u32>]),
+    ) -> Vec<Vec<u32>> {
+        let mut answers = vec![Vec::new(); self.prompts.len()];
+        let mut num_started = vec![0; self.prompts.len()];
+        let mut started: VecDeque<(StepBatch, Vec<usize>)> = VecDeque::new();
+        while answers.iter().any(|answer| answer.len() < self.num_tokens) {
+            while started.len() < max_started {
+                let before = started.back().map_or(&[][..], |(_, seqs)| seqs);
+                let (batch, seqs) = self.batch(&answers, &num_started, before);
+                if seqs.is_empty() {
+                    break;
+                }
+                model.start(&batch).unwrap();
+                seqs.iter().for_each(|&seq| num_started[seq] += 1);
+                started.push_back((batch, seqs));
+            }
+            let (batch, seqs) = started.pop_front().unwrap();
+            let token_ids = model.finish().unwrap().token_ids;
+            for (&seq, token) in seqs.iter().zip(&token_ids) {
+                answers[seq].push(token.unwrap());
+            }
+            if max_started == 1 {
+                look(model, &batch, &token_ids);
+            }
+        }
+        answers
+    }
+}
+
+#[test]
+fn penalties_are_those_of_the_cpu() {
+    // Most of them rewards: a tiny model never says a word twice by itself.
+    let greedy = SamplingParams {
+        repetition_penalty: 0.6,
+        presence_penalty: 0.1,
+        frequency_penalty: -0.4,
+        ..SamplingParams::GREEDY
+    };
+    let drawn = SamplingParams { temperature: 0.7, min_p: 0.2, seed: 5, ..greedy };
+    let without = SamplingParams { temperature: 0.7, min_p: 0.2, seed: 5, ..SamplingParams::GREEDY };
+    let new = |order| {
+        let device = EmulatedDevice::new(order).shared();
+        model(&device, "qwen3", GpuOptions { deterministic: true, ..GpuOptions::default() }, 16)
+    };
+    for (sampling, without) in [(greedy, SamplingParams::GREEDY), (drawn, without)] {
+        let requests = Requests::new(sampling);
+        let expected = requests.run(&mut new(0), 1, |model, batch, token_ids| {
+            let vocab_size = model.info().vocab_size as usize;
+            let mut logits = model.logits(batch).unwrap();
+            for (seq, (row, token)) in logits.chunks_exact_mut(vocab_size).zip(token_ids).enumerate() {
+                let params = batch.sampling[seq].unwrap();
+                penalize(row, &params, batch.uses(seq));
+                let position = batch.positions[batch.rows(seq).end - 1] + 1;
+                assert_eq!(*token, Some(sample(row, &params, position).unwrap()));
+            }
+        });
+        assert_eq!(requests.run(&mut new(3), 2, |_, _, _| ()), expected);
+        let without = Requests::new(without).run(&mut new(0), 2, |_, _, _| ());
+        assert_eq!(without[1], expected[1]);
+        assert!((0..6).step_by(2).all(|seq| without[seq] != expected[seq]), "{without:?}, {expected:?}");
+    }
+}
+
+#[test]
+fn penalized_answers_are_those_of_the_reference() {
+    let sampling = SamplingParams {
+        repetition_penalty: 0.7,
+        presence_penalty: 0.1,
+        frequency_penalty: -0.3,
+        ..SamplingParams::GREEDY
+    };
+    let requests = Requests::new(sampling);
+    let device = EmulatedDevice::new(0).shared();
+    let answers = requests.run(&mut model(&device, "llama3", GpuOptions::default(), 16), 2, |_, _, _| ());
+    let mut reference = reference("llama3");
+    for (seq, answer) in answers.iter().enumerate() {
+        for (len, &token) in answer.iter().enumerate() {
+            let tokens = [&requests.prompts[seq], &answer[..len]].concat();
+            let mut batch = StepBatch::default();
+            batch.push(&tokens, 0, &pages(0, 16), Some(SamplingParams::GREEDY));
+            let mut logits = reference.logits(&batch);
+            let scale = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+            let params = requests.sampling[seq];
+            if params.has_penalties() {
+                penalize(&mut logits, &params, &requests.uses(seq, &answer[..len]));
+            }
+            let best = logits.iter().copied().fold(f32::MIN, f32::max);
+            // What is divided has its rounding divided too.
+            let tolerance = MODEL_BF16_TOLERANCE * scale / params.repetition_penalty;
+            assert!(best - logits[token as usize] <= tolerance, "token {len} of {seq}");
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_reference() {
+    let prompts = prompts(&[3, 70, 1, 33]);
+    let mut batch = StepBatch::default();
+    for (seq, prompt) in prompts.iter().enumerate() {
+        batch.push(prompt, 0, &pages(seq, 16), None);
+    }
+    // Among so many tokens there are some whose experts' scores are as good as equal: rounding picks another one then.
+    for family in FAMILIES.into_iter().filter(|family| *family != "qwen3_moe") {
+        let expected = reference(family).log_probabilities(&batch);
+        assert_eq!(expected.len(), 2 + 69 + 32);
+        let device = device(0);
+        let mut model = model(&device, family, GpuOptions::default(), 16);
+        let actual = model.log_probabilities(&batch).unwrap();
+        // Measured by how far they are from each other.
+        let mean = expected.iter().sum::<f64>() / expected.len() as f64;
+        let centered = |values: &[f64]| values.iter().map(|&x| (x - mean) as f32).collect::<Vec<f32>>();
+        assert_close(&centered(&actual), &centered(&expected), MODEL_BF16_TOLERANCE, family);
+        // Keys and values are there afterwards, also of a batch in which no token has one before it.
+        let mut alone = StepBatch::default();
+        alone.push(&prompts[2], 0, &pages(5, 16), None);
+        assert!(model.log_probabilities(&alone).unwrap().is_empty());
     }
 }
 

@@ -2,20 +2,21 @@
 
 use super::*;
 use crate::gpu::ops::{Penalties, RowPenalties, penalties};
-use crate::sample::{SamplingExtras, TokenUse, penalize};
+use crate::sample::penalize;
+use crate::step::{SamplingParams, TokenUse};
 
 #[test]
 fn takes_down_what_was_used() {
     let vocab_size = 1003;
     let rows_of = [3u32, 0, 2];
     let logits: Vec<f32> = random(1, 4 * vocab_size).into_iter().map(|x| 10.0 * x).collect();
-    let of = |repetition_penalty, presence_penalty, frequency_penalty| SamplingExtras {
+    let of = |repetition_penalty, presence_penalty, frequency_penalty| SamplingParams {
         repetition_penalty,
         presence_penalty,
         frequency_penalty,
-        ..SamplingExtras::NEUTRAL
+        ..SamplingParams::GREEDY
     };
-    let extras = [of(1.3, 0.7, 0.11), SamplingExtras::NEUTRAL, of(0.8, -0.2, 1.9)];
+    let params = [of(1.3, 0.7, 0.11), SamplingParams::GREEDY, of(0.8, -0.2, 1.9)];
     let uses: [Vec<TokenUse>; 3] = [
         (0..700).map(|i| TokenUse { token_id: i * 13 % 1003, num_in_answer: i % 4 }).collect(),
         vec![TokenUse { token_id: 5, num_in_answer: 3 }],
@@ -27,21 +28,23 @@ fn takes_down_what_was_used() {
     ];
     let mut expected = logits.clone();
     let mut indptr = vec![0u32];
-    for ((row, extras), uses) in rows_of.iter().zip(&extras).zip(&uses) {
-        penalize(&mut expected[*row as usize * vocab_size..][..vocab_size], extras, uses);
+    for ((row, params), uses) in rows_of.iter().zip(&params).zip(&uses) {
+        penalize(&mut expected[*row as usize * vocab_size..][..vocab_size], params, uses);
         indptr.push(indptr.last().unwrap() + uses.len() as u32);
     }
     assert_ne!(expected, logits);
     for device in devices() {
         let logits = put(&device, &logits);
+        let rows = put(&device, &params.map(|params| RowPenalties::from(&params)));
+        let (indptr, uses) = (put(&device, &indptr), put(&device, &uses.concat()));
         let args = Penalties {
             num_rows: 3,
             vocab_size,
             logits: &logits,
             rows_of: Some(&put(&device, &rows_of)),
-            penalties: &put(&device, &extras.map(|extras| RowPenalties::from(&extras))),
-            indptr: &put(&device, &indptr),
-            uses: &put(&device, &uses.concat()),
+            penalties: (&rows).into(),
+            indptr: (&indptr).into(),
+            uses: (&uses).into(),
         };
         penalties(&*device, &args).unwrap();
         assert_eq!(logits.read().unwrap(), expected);
@@ -50,18 +53,20 @@ fn takes_down_what_was_used() {
 
 #[test]
 fn ids_beyond_the_vocabulary_are_passed_over() {
-    let extras = SamplingExtras { presence_penalty: 1.0, ..SamplingExtras::NEUTRAL };
+    let params = SamplingParams { presence_penalty: 1.0, ..SamplingParams::GREEDY };
     let uses = [3u32, 1, u32::MAX].map(|token_id| TokenUse { token_id, num_in_answer: 1 });
     for device in devices() {
         let logits = put(&device, &[4.0f32; 6]);
+        let rows = put(&device, &[RowPenalties::from(&params)]);
+        let (indptr, uses) = (put(&device, &[0u32, 3]), put(&device, &uses));
         let args = Penalties {
             num_rows: 1,
             vocab_size: 3,
             logits: &logits,
             rows_of: None,
-            penalties: &put(&device, &[RowPenalties::from(&extras)]),
-            indptr: &put(&device, &[0u32, 3]),
-            uses: &put(&device, &uses),
+            penalties: (&rows).into(),
+            indptr: (&indptr).into(),
+            uses: (&uses).into(),
         };
         penalties(&*device, &args).unwrap();
         assert_eq!(logits.read().unwrap(), [4.0, 3.0, 4.0, 4.0, 4.0, 4.0]);

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::gpu::ops::{AllowedTokens, RowSampling, Sample, sample, sample_error};
-use crate::sample::{SampleError, allow, sample_above};
+use crate::sample::{SampleError, allow};
 use crate::step::SamplingParams;
 
 #[derive(Clone)]
@@ -10,7 +10,6 @@ struct Case {
     logits: Vec<f32>,
     allowed: Option<Vec<u32>>,
     params: SamplingParams,
-    min_p: f32,
     position: u32,
 }
 
@@ -20,7 +19,7 @@ fn params(temperature: f32, top_k: u32, top_p: f32, seed: u64) -> SamplingParams
 
 impl Case {
     fn new(logits: &[f32], params: SamplingParams) -> Self {
-        Self { logits: logits.to_vec(), allowed: None, params, min_p: 0.0, position: 17 }
+        Self { logits: logits.to_vec(), allowed: None, params, position: 17 }
     }
 
     /// As the CPU has it.
@@ -29,7 +28,7 @@ impl Case {
         if let Some(allowed) = &self.allowed {
             allow(&mut logits, allowed);
         }
-        sample_above(&logits, &self.params, self.min_p, self.position)
+        crate::sample::sample(&logits, &self.params, self.position)
     }
 }
 
@@ -45,7 +44,7 @@ fn draw(device: &Arc<dyn Device>, cases: &[Case]) -> Vec<Result<u32, SampleError
         masks.extend(case.allowed.iter().flatten());
     }
     let sampling: Vec<RowSampling> =
-        cases.iter().map(|case| RowSampling::new(&case.params, case.min_p, case.position).unwrap()).collect();
+        cases.iter().map(|case| RowSampling::new(&case.params, case.position).unwrap()).collect();
     let (token_ids, errors) = (fresh(device, num_rows), fresh(device, num_rows));
     let has_masks = masks.len() > vocab_size.div_ceil(32);
     let (masks, mask_of) = (put(device, &masks), put(device, &mask_of));
@@ -71,8 +70,8 @@ fn check(cases: &[Case]) {
     for device in devices() {
         let drawn = draw(&device, cases);
         for (i, (drawn, expected)) in drawn.iter().zip(&expected).enumerate() {
-            let Case { params, min_p, position, .. } = &cases[i];
-            assert_eq!(drawn, expected, "row {i}: {params:?}, min_p {min_p}, position {position}");
+            let Case { params, position, .. } = &cases[i];
+            assert_eq!(drawn, expected, "row {i}: {params:?}, position {position}");
         }
     }
 }
@@ -94,17 +93,15 @@ fn mixed_cases(vocab_size: usize, num_rows: usize) -> Vec<Case> {
                 *logit = f32::NEG_INFINITY;
             }
         }
-        Case {
-            params: params(
-                TEMPERATURES[i % TEMPERATURES.len()],
-                TOP_KS[i % TOP_KS.len()],
-                TOP_PS[i % TOP_PS.len()],
-                i as u64 * 77,
-            ),
+        let params = SamplingParams {
+            temperature: TEMPERATURES[i % TEMPERATURES.len()],
+            top_k: TOP_KS[i % TOP_KS.len()],
+            top_p: TOP_PS[i % TOP_PS.len()],
             min_p: MIN_PS[i / 3 % MIN_PS.len()],
-            position: i as u32 * 13,
-            ..Case::new(&logits, SamplingParams::GREEDY)
-        }
+            seed: i as u64 * 77,
+            ..SamplingParams::GREEDY
+        };
+        Case { position: i as u32 * 13, ..Case::new(&logits, params) }
     };
     (0..num_rows).map(case).collect()
 }
@@ -261,7 +258,7 @@ fn a_draw_does_not_depend_on_the_batch() {
 
 #[test]
 fn rows_are_skipped() {
-    let greedy = RowSampling::new(&SamplingParams::GREEDY, 0.0, 0).unwrap();
+    let greedy = RowSampling::new(&SamplingParams::GREEDY, 0).unwrap();
     for device in devices() {
         let (token_ids, errors) = (put(&device, &[7, 8, 9]), put(&device, &[5, 6, 7]));
         let sampling = put(&device, &[greedy, RowSampling::SKIP, greedy]);

@@ -158,3 +158,24 @@ fn sampled_answers_depend_on_the_parameters_and_end_sometimes() {
     assert!((200..300).contains(&num_eos), "{num_eos} of 1000 end");
     assert!(differ > 800, "{differ} of 1000 differ");
 }
+
+#[test]
+fn a_wrong_list_of_uses_changes_the_answer() {
+    let sampling = SamplingParams { frequency_penalty: 0.5, ..SamplingParams::GREEDY };
+    let answer = |sampling, uses: &[(u32, u32)]| {
+        let mut batch = StepBatch::default();
+        batch.push(&TOKENS, 0, &pages([0]), Some(sampling));
+        let uses: Vec<TokenUse> =
+            uses.iter().map(|&(token_id, num_in_answer)| TokenUse { token_id, num_in_answer }).collect();
+        batch.push_uses(&uses);
+        FakeModel::new(FakeConfig { eos_probability: 0.0, ..FakeConfig::default() }).step(&batch).unwrap()
+    };
+    let right = answer(sampling, &[(3, 1), (5, 2)]);
+    assert_eq!(right, answer(sampling, &[(3, 1), (5, 2)]));
+    for wrong in [&[][..], &[(3, 1)], &[(3, 1), (5, 1)], &[(3, 1), (6, 2)]] {
+        assert_ne!(right, answer(sampling, wrong), "{wrong:?}");
+    }
+    let other = SamplingParams { frequency_penalty: 0.25, ..sampling };
+    assert_ne!(right, answer(other, &[(3, 1), (5, 2)]));
+    assert_ne!(answer(sampling, &[]), answer(SamplingParams::GREEDY, &[]));
+}

@@ -21,6 +21,8 @@ struct Seen {
     num_copies: AtomicU64,
     /// Rows whose token was not known when they were started.
     num_ahead: AtomicU64,
+    /// Of all sequences in all steps.
+    num_uses: AtomicU64,
 }
 
 /// Fails one step in eight, before or after it wrote to the cache.
@@ -39,6 +41,7 @@ impl Model for FlakyModel {
     fn start(&mut self, batch: &StepBatch) -> Result<(), StepError> {
         self.seen.num_copies.fetch_add(batch.copies.len() as u64, Ordering::Relaxed);
         self.seen.num_ahead.fetch_add(batch.sampled_by.iter().flatten().count() as u64, Ordering::Relaxed);
+        self.seen.num_uses.fetch_add(batch.token_uses.len() as u64, Ordering::Relaxed);
         if self.random.one_in(16) { planned_failure() } else { self.model.start(batch) }
     }
 
@@ -80,7 +83,15 @@ fn workload(random: &mut Random) -> Vec<SequenceRequest> {
         let len = random.between(token_ids.len().max(1), max_prompt_len);
         token_ids.resize_with(len, || random.below(VOCAB_SIZE as usize) as u32);
         let temperature = random.below(2) as f32;
-        let sampling = SamplingParams { temperature, seed: random.below(3) as u64, ..SamplingParams::GREEDY };
+        let sampling = SamplingParams {
+            temperature,
+            seed: random.below(3) as u64,
+            min_p: *random.pick(&[0.0, 0.1]),
+            repetition_penalty: *random.pick(&[1.0, 1.0, 1.0, 1.2]),
+            presence_penalty: *random.pick(&[0.0, 0.0, 0.0, 0.5]),
+            frequency_penalty: *random.pick(&[0.0, 0.0, 0.0, -0.5]),
+            ..SamplingParams::GREEDY
+        };
         let max_tokens = random.between(1, max_max_tokens) as u32;
         let request = SequenceRequest::new(SequenceId(id as u64), token_ids.into(), max_tokens, sampling);
         let priority = *random.pick(&Priority::ALL);
@@ -238,5 +249,6 @@ fn answers_depend_on_the_prompt_only() {
     assert!(reused_tokens > 1000, "too little reuse to show anything");
     assert!(seen.num_copies.load(Ordering::Relaxed) > 1000, "too few copies to show anything");
     assert!(seen.num_ahead.load(Ordering::Relaxed) > 1000, "too few steps behind others to show anything");
+    assert!(seen.num_uses.load(Ordering::Relaxed) > 1000, "too few penalties to show anything");
     assert!(stops > 100, "too few stops to show anything");
 }

@@ -2,7 +2,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use tidemill_kernels::models::{FakeConfig, FakeModel};
-use tidemill_kernels::step::{PageId, SamplingParams};
+use tidemill_kernels::step::{PageId, SamplingParams, TokenUse};
 
 use super::super::scheduler::tests::learn_short;
 use super::super::sequence::{FinishReason, Priority, SharedPrefix};
@@ -63,6 +63,9 @@ pub(super) fn naive_answer(request: &SequenceRequest) -> (Vec<u32>, FinishReason
         let mut batch = StepBatch::default();
         let is_last = position + 1 == token_ids.len();
         batch.push(&[token_ids[position]], position as u32, &pages, is_last.then_some(request.sampling));
+        if is_last {
+            batch.push_uses(&naive_uses(request, &token_ids));
+        }
         let output = model.step(&batch).unwrap();
         position += 1;
         let Some(token_id) = output.token_ids[0] else { continue };
@@ -77,6 +80,20 @@ pub(super) fn naive_answer(request: &SequenceRequest) -> (Vec<u32>, FinishReason
         };
         return (token_ids.split_off(request.token_ids.len()), reason);
     }
+}
+
+fn naive_uses(request: &SequenceRequest, token_ids: &[u32]) -> Vec<TokenUse> {
+    let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = request.sampling;
+    let answer = &token_ids[request.token_ids.len()..];
+    let of = |token_id: u32| {
+        let is_used = repetition_penalty != 1.0 && token_ids.contains(&token_id);
+        let num_in_answer = answer.iter().filter(|&&other| other == token_id).count() as u32;
+        (is_used || num_in_answer > 0).then_some(TokenUse { token_id, num_in_answer })
+    };
+    if (repetition_penalty, presence_penalty, frequency_penalty) == (1.0, 0.0, 0.0) {
+        return Vec::new();
+    }
+    (0..VOCAB_SIZE).filter_map(of).collect()
 }
 
 pub(super) fn request(id: u64, token_ids: &[u32], max_tokens: u32) -> SequenceRequest {
@@ -178,6 +195,27 @@ fn a_step_always_runs_until_the_last_prompt_ends() {
     let (last, others) = at_finish.split_last().unwrap();
     assert_eq!((*last, others.iter().all(|&num_started| num_started == 2)), (1, true), "{at_finish:?}");
     assert_eq!(at_finish.len() as u64, engine.stats().steps);
+}
+
+/// The next token depends on the last one, which the host must see first; others do not wait for that.
+#[test]
+fn penalties_wait_for_the_token_before_and_nobody_else_does() {
+    let fake = FakeConfig { runs_ahead: true, eos_probability: 0.0, ..fake_config(500, 4) };
+    let at_finish = Arc::default();
+    let model =
+        WatchedModel { model: FakeModel::new(fake), num_started: 0, at_finish: Arc::clone(&at_finish) };
+    let config = EngineConfig { max_num_seqs: 8, max_num_batched_tokens: 20, enable_prefix_cache: true };
+    let mut engine = Engine::new(Box::new(model), config);
+    let sampling = SamplingParams { frequency_penalty: 0.5, ..SamplingParams::GREEDY };
+    engine.submit(SequenceRequest { sampling, ..request(0, &[1, 2, 3], 10) }).unwrap();
+    run(&mut engine);
+    assert_eq!((std::mem::take(&mut *at_finish.lock().unwrap()), engine.stats().steps), (vec![1; 10], 10));
+    engine.submit(SequenceRequest { sampling, ..request(1, &[1, 2, 3], 10) }).unwrap();
+    engine.submit(request(2, &[7, 8, 9], 19)).unwrap();
+    run(&mut engine);
+    // Both get a token in the first step; then one is in every step, and the other in every second one.
+    assert_eq!(engine.stats().steps, 10 + 19);
+    assert_eq!(*at_finish.lock().unwrap(), [vec![2; 18], vec![1]].concat());
 }
 
 #[test]

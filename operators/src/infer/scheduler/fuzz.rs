@@ -89,7 +89,9 @@ impl Case {
         token_ids.resize_with(prompt_len, || self.random.between(1, 3) as u32);
         let max_tokens = self.random.between(1, max_len - prompt_len) as u32;
         let id = SequenceId(self.submitted.len() as u64);
-        let request = SequenceRequest::new(id, token_ids.into(), max_tokens, SamplingParams::GREEDY);
+        let presence_penalty = *self.random.pick(&[0.0, 0.0, 1.0]);
+        let sampling = SamplingParams { presence_penalty, ..SamplingParams::GREEDY };
+        let request = SequenceRequest::new(id, token_ids.into(), max_tokens, sampling);
         let priority = if self.has_priorities { *self.random.pick(&Priority::ALL) } else { Priority::Low };
         let request = SequenceRequest { priority, ..request };
         self.scheduler.submit(&request);
@@ -201,14 +203,16 @@ impl Case {
         let uncomputed_len = |sequence: &Sequence| sequence.uncomputed_len(step);
         let is_cut = |one: &&Sequence| (1..uncomputed_len(one)).contains(&one.chunk_lens[step]);
         assert!(in_all.clone().filter(is_cut).count() <= 1, "two prompts are cut in one step");
-        let is_left_out = |one: &Sequence| uncomputed_len(one) == 1 && one.chunk_lens[step] == 0;
+        let awaits_token = |one: &Sequence| one.awaits_token(step);
+        let is_left_out =
+            |one: &Sequence| uncomputed_len(one) == 1 && one.chunk_lens[step] == 0 && !awaits_token(one);
         if in_all.clone().any(is_left_out) && !scheduler.needs_commit {
             assert_eq!(batch.num_tokens(), scheduler.config.max_num_batched_tokens, "a decode was left out");
         }
         // Whom the step leaves out while lower priorities are served has nothing to compute, or no room.
         let is_served = |sequence: &&Sequence| sequence.chunk_lens[step] > 0;
         let lowest = in_all.clone().filter(is_served).map(|sequence| sequence.priority).max();
-        let mut left_out = in_all.clone().filter(|one| !is_served(one));
+        let mut left_out = in_all.clone().filter(|one| !is_served(one) && !awaits_token(one));
         assert!(scheduler.needs_commit || left_out.all(|sequence| Some(sequence.priority) >= lowest));
         assert!(self.scheduler.running.is_sorted_by_key(|sequence| sequence.priority));
         for sequence in &self.scheduler.running {

@@ -20,7 +20,7 @@ fn answered(trace_parent: Option<&str>) -> Answered<'_> {
         output_len: 7,
         reused_len: 64,
         max_tokens: 32,
-        sampling: SamplingParams { top_k: 5, ..SamplingParams::GREEDY },
+        sampling: SamplingParams { top_k: 5, frequency_penalty: 0.5, ..SamplingParams::GREEDY },
         reason: FinishReason::Stop,
         begun: Duration::from_millis(100),
         first_token: Duration::from_millis(350),
@@ -97,6 +97,7 @@ fn answers_arrive_as_spans_of_the_genai_conventions() {
     assert_eq!(attribute("gen_ai.usage.cache_read.input_tokens"), Any::IntValue(64));
     assert_eq!(attribute("gen_ai.usage.output_tokens"), Any::IntValue(7));
     assert_eq!(attribute("gen_ai.request.top_k"), Any::IntValue(5));
+    assert_eq!(attribute("gen_ai.request.frequency_penalty"), Any::DoubleValue(0.5));
     assert_eq!(attribute("gen_ai.response.time_to_first_chunk"), Any::DoubleValue(0.25));
     let Any::ArrayValue(reasons) = attribute("gen_ai.response.finish_reasons") else { panic!("no list") };
     assert_eq!(reasons.values[0].value, Some(Any::StringValue("stop".to_owned())));
