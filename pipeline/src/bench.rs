@@ -76,6 +76,9 @@ pub struct EngineArgs {
     /// On a GPU: requests of each job
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     requests: u16,
+    /// On a GPU: rows and columns of the matrices whose product is the peak; for tests
+    #[arg(long, hide = true, default_value_t = 8192)]
+    peak_size: usize,
     /// On a GPU: only workloads whose name holds this text; may be repeated
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,

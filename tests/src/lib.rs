@@ -4,6 +4,7 @@
 pub mod golden;
 pub mod gpu;
 pub mod kafka;
+pub mod tiny;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

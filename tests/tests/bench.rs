@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
+use tidemill_tests::gpu::FakeDriver;
+use tidemill_tests::tiny::write_model;
 use tidemill_tests::{Ran, binary};
 
 fn bench(args: &[&str], folder: &Path) -> Ran {
@@ -35,6 +37,33 @@ fn the_engine_is_measured_beside_the_machine() {
     for figure in report["figures"].as_array().unwrap() {
         assert!(figure["tokens_per_second"].as_f64().unwrap() > 0.0, "{figure}");
         assert_eq!(figure["samples"].as_array().unwrap().len(), 1);
+    }
+}
+
+/// Beside a driver that plays a GPU: all of the way from the command line to kernels, at no speed.
+#[test]
+fn the_engine_is_measured_on_a_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(&folder.path().join("tiny"));
+    let driver = FakeDriver::new().unwrap();
+    for (dtype, only) in [("bf16", "decode, batch 4"), ("fp8", "prefill 512")] {
+        let mut command = Command::new(binary());
+        driver.serve(command.current_dir(folder.path()).args(["bench", "engine", "--device", "cuda"]));
+        command.args(["--model", "./tiny", "--peak-size", "64", "--repeat", "1", "--json", "gpu.json"]);
+        command.args(["--dtype", dtype, "--kv-cache-dtype", dtype, "--only", only]);
+        let ran = Ran(command.output().unwrap()).expect_code(0);
+        let report = json(&folder.path().join("gpu.json"));
+        assert_eq!(report["device"], format!("cuda:0 (fake H100) in {dtype}"));
+        for ceiling in ["bf16_tflops", "weight_tflops", "copy_gb_per_second"] {
+            assert!(report["ceilings"][ceiling].as_f64().unwrap() > 0.0, "{ceiling}: {report}");
+        }
+        let rows: Vec<&str> =
+            report["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
+        assert!(!rows.is_empty() && rows.iter().all(|name| name.starts_with(only)), "{rows:?}");
+        for row in report["rows"].as_array().unwrap() {
+            assert!(row["fraction"].as_f64().unwrap() > 0.0, "{row}");
+        }
+        assert!(ran.stdout().contains(only) && ran.stdout().contains("memory copied"), "{}", ran.stdout());
     }
 }
 

@@ -1,17 +1,20 @@
-//! Which device a run takes, and what is said where there is no GPU; nothing here needs one.
+//! Which device a run takes and what it says of it, where there is no GPU and beside a driver that plays one.
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::fs;
 
 use serde_json::Value;
 use tidemill_kernels::gpu::Gpu;
-use tidemill_tests::{Pipeline, default_model};
+use tidemill_tests::gpu::FakeDriver;
+use tidemill_tests::tiny::write_model;
+use tidemill_tests::{Pipeline, Ran, default_model};
 
 fn pipeline(model: &str, engine: &str) -> Pipeline {
     let pipeline = Pipeline::new(&format!(
         "name: devices\nmodel: {{ name: {model} }}\nengine: {{ {engine} }}\n\
          source: {{ jsonl: {{ path: input.jsonl }} }}\nsteps:\n  - generate:\n      name: answer\n\
          \x20     prompt: 'Say {{{{ text }}}}'\n      max_tokens: 2\n\
+         \x20     ignore_eos: true\n\
          sink: {{ jsonl: {{ path: out/results.jsonl }} }}\n"
     ));
     fs::write(pipeline.path("input.jsonl"), "{\"text\": \"tide\"}\n").unwrap();
@@ -79,4 +82,64 @@ fn a_changed_number_is_another_definition() {
     let faster = definition.replace("quantization: fp8", "quantization: fp8, gpu_memory_utilization: 0.5");
     fs::write(pipeline.path("pipeline.yaml"), faster).unwrap();
     pipeline.run(&["run"]).expect_code(0).expect_words(&["nothing to do"]);
+}
+
+/// With a small model of its own and a driver that finds a GPU.
+struct OnGpu {
+    pipeline: Pipeline,
+    driver: FakeDriver,
+}
+
+impl OnGpu {
+    fn new(engine: &str) -> Self {
+        let pipeline = pipeline("./tiny", engine);
+        write_model(&pipeline.path("tiny"));
+        Self { pipeline, driver: FakeDriver::new().unwrap() }
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        let mut command = self.pipeline.command(args);
+        self.driver.serve(&mut command);
+        Ran(command.output().unwrap())
+    }
+}
+
+#[test]
+fn a_gpu_that_is_there_is_taken_and_named() {
+    let settings = [
+        ("device: auto", "in bf16"),
+        ("device: cuda", "in bf16"),
+        ("device: [cuda:0], deterministic: true, max_num_batched_tokens: 64, page_size: 16", "in bf16"),
+        ("quantization: fp8, kv_cache_dtype: fp8, max_num_seqs: 4, kv_cache_memory: 4MiB", "in fp8"),
+    ];
+    for (engine, numbers) in settings {
+        let gpu = OnGpu::new(engine);
+        let device = format!("cuda:0 (fake H100) {numbers}");
+        let ran = gpu.run(&["run"]).expect_code(0).expect_words(&[&format!("device: {device}")]);
+        assert!(!ran.stderr().contains("no effect") && !ran.stderr().contains("no GPU"), "{}", ran.stderr());
+        let rows = gpu.pipeline.jsonl("out/results.jsonl");
+        assert_eq!((rows.len(), &rows[0]["answer_output_tokens"]), (1, &2.into()), "{engine}: {rows:?}");
+        let explained = gpu.run(&["explain"]).expect_code(0);
+        assert!(explained.stdout().contains(&device), "{}", explained.stdout());
+    }
+}
+
+#[test]
+fn a_gpu_without_room_is_left_or_refused_with_advice() {
+    let engine = "gpu_memory_utilization: 0.0001, max_num_batched_tokens: 64, max_num_seqs: 4";
+    let ran = OnGpu::new(engine).run(&["run"]).expect_code(0);
+    ran.expect_words(&[
+        "device: cpu; no GPU is used",
+        "KV pages of",
+        "do not fit beside weights and buffers",
+    ]);
+    let ran = OnGpu::new(&format!("device: cuda, {engine}")).run(&["run"]).expect_code(1);
+    ran.expect_words(&[
+        "do not fit",
+        "raise engine.gpu_memory_utilization",
+        "quantization to fp8",
+        "smaller model",
+    ]);
+    let ran = OnGpu::new("device: [cuda:0, cuda:1]").run(&["run"]).expect_code(1);
+    ran.expect_words(&["cannot use GPU cuda:1", "there is no CUDA device 1", "nvidia-smi -L"]);
 }

@@ -3,14 +3,11 @@
 //! The weights are random; what they answer is no matter here, only that it is the same. Their golden tests are elsewhere.
 
 use std::fs;
-use std::path::Path;
 
 use serde_json::{Value, json};
-use tidemill_tests::{Pipeline, workspace};
+use tidemill_tests::Pipeline;
+use tidemill_tests::tiny::{write_model, write_weights};
 
-const VOCAB_SIZE: usize = 703;
-const HIDDEN_SIZE: usize = 64;
-const INTERMEDIATE_SIZE: usize = 96;
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 const DEFINITION: &str = "
@@ -62,55 +59,4 @@ fn pipeline(model: &str) -> Pipeline {
     fs::write(pipeline.path("input.jsonl"), "{\"text\":\"Hello <|eot_id|>\"}\n{\"text\":\"größer\"}\n")
         .expect("a writable folder");
     pipeline
-}
-
-/// A small Llama with the tokenizer of the reference files.
-fn write_model(folder: &Path) {
-    fs::create_dir_all(folder).expect("a writable folder");
-    let config = json!({
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB_SIZE,
-        "hidden_size": HIDDEN_SIZE, "intermediate_size": INTERMEDIATE_SIZE, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": true,
-        "bos_token_id": 700, "eos_token_id": 701,
-    });
-    fs::write(folder.join("config.json"), config.to_string()).expect("a writable folder");
-    let tokenizer = workspace().join("tests/reference/tokenizers/llama-bpe");
-    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
-        fs::copy(tokenizer.join(name), folder.join(name)).expect("the reference file is committed");
-    }
-    write_weights(folder, VOCAB_SIZE);
-}
-
-fn write_weights(folder: &Path, vocab_size: usize) {
-    let (h, i) = (HIDDEN_SIZE, INTERMEDIATE_SIZE);
-    let layer = "model.layers.0";
-    let tensors = [
-        ("model.embed_tokens.weight".to_owned(), vec![vocab_size, h]),
-        ("model.norm.weight".to_owned(), vec![h]),
-        (format!("{layer}.input_layernorm.weight"), vec![h]),
-        (format!("{layer}.post_attention_layernorm.weight"), vec![h]),
-        (format!("{layer}.self_attn.q_proj.weight"), vec![64, h]),
-        (format!("{layer}.self_attn.k_proj.weight"), vec![32, h]),
-        (format!("{layer}.self_attn.v_proj.weight"), vec![32, h]),
-        (format!("{layer}.self_attn.o_proj.weight"), vec![h, 64]),
-        (format!("{layer}.mlp.gate_proj.weight"), vec![i, h]),
-        (format!("{layer}.mlp.up_proj.weight"), vec![i, h]),
-        (format!("{layer}.mlp.down_proj.weight"), vec![h, i]),
-    ];
-    let (mut header, mut data) = (serde_json::Map::new(), Vec::<u8>::new());
-    let mut random = 1u64;
-    for (name, shape) in tensors {
-        let start = data.len();
-        for _ in 0..shape.iter().product() {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let value = ((random >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.3;
-            data.extend(value.to_le_bytes());
-        }
-        let entry = json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, data.len()] });
-        header.insert(name, entry);
-    }
-    let header = Value::Object(header).to_string();
-    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-    fs::write(folder.join("model.safetensors"), bytes).expect("a writable folder");
 }

@@ -31,10 +31,8 @@ use crate::models::load::{Compute, LoadError, LoadedModel, load};
 use crate::plan::engine::EnginePlan;
 use crate::spec::{KvCacheDtype, Quantization};
 
-/// A product that keeps every unit of a large GPU busy.
-const PEAK_GEMM: [usize; 3] = [8192, 8192, 8192];
-/// No cache holds it.
-const PEAK_COPY_BYTES: usize = 1 << 30;
+/// So many bytes are copied for the peak, times the elements of a matrix; a gigabyte, which no cache holds.
+const COPY_FACTOR: usize = 16;
 
 #[derive(Debug, Serialize)]
 pub(super) struct GpuReport {
@@ -68,7 +66,7 @@ pub(super) fn measure(args: &EngineArgs, ordinal: usize) -> Result<GpuReport, Be
     let on_device = |source| LoadError::Gpu { name: format!("cuda:{ordinal}"), source: Box::new(source) };
     eprintln!("peaks of {device} …");
     // Before anything else has taken memory.
-    let ceilings = ceilings(&gpus, clock).map_err(on_device)?;
+    let ceilings = ceilings(&gpus, args.peak_size, clock).map_err(on_device)?;
     let name = args.shape.map_or_else(|| args.model.clone(), |shape| shape.name().to_owned());
     let loaded = match args.shape {
         Some(shape) => LoadedModel::random(&gpus, &name, shape.config())?,
@@ -158,15 +156,15 @@ fn run_all(
     Ok(rows)
 }
 
-fn ceilings(gpus: &Gpus, clock: Clock) -> Result<Ceilings, GpuError> {
+fn ceilings(gpus: &Gpus, size: usize, clock: Clock) -> Result<Ceilings, GpuError> {
     let elapsed = || clock.elapsed();
     let gpu = gpus.first();
-    let bf16_tflops = gemm_tflops(gpu, PEAK_GEMM, WeightDtype::Bf16, &elapsed)?;
+    let bf16_tflops = gemm_tflops(gpu, [size; 3], WeightDtype::Bf16, &elapsed)?;
     let weight_tflops = match gpus.options().weight_dtype {
         WeightDtype::Bf16 => bf16_tflops,
-        dtype => gemm_tflops(gpu, PEAK_GEMM, dtype, &elapsed)?,
+        dtype => gemm_tflops(gpu, [size; 3], dtype, &elapsed)?,
     };
-    let copy_gb_per_second = copy_gb_per_second(gpu, PEAK_COPY_BYTES, &elapsed)?;
+    let copy_gb_per_second = copy_gb_per_second(gpu, COPY_FACTOR * size * size, &elapsed)?;
     Ok(Ceilings { bf16_tflops, weight_tflops, copy_gb_per_second })
 }
 
