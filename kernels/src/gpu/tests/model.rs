@@ -338,7 +338,7 @@ fn penalties_are_those_of_the_cpu() {
     let drawn = SamplingParams { temperature: 0.7, min_p: 0.2, seed: 5, ..greedy };
     let without = SamplingParams { temperature: 0.7, min_p: 0.2, seed: 5, ..SamplingParams::GREEDY };
     let new = |order| {
-        let device = EmulatedDevice::new(order).shared();
+        let device = device(order);
         model(&device, "qwen3", GpuOptions { deterministic: true, ..GpuOptions::default() }, 16)
     };
     for (sampling, without) in [(greedy, SamplingParams::GREEDY), (drawn, without)] {
@@ -369,7 +369,7 @@ fn penalized_answers_are_those_of_the_reference() {
         ..SamplingParams::GREEDY
     };
     let requests = Requests::new(sampling);
-    let device = EmulatedDevice::new(0).shared();
+    let device = device(0);
     let answers = requests.run(&mut model(&device, "llama3", GpuOptions::default(), 16), 2, |_, _, _| ());
     let mut reference = reference("llama3");
     for (seq, answer) in answers.iter().enumerate() {
@@ -398,8 +398,7 @@ fn log_probabilities_are_those_of_the_reference() {
     for (seq, prompt) in prompts.iter().enumerate() {
         batch.push(prompt, 0, &pages(seq, 16), None);
     }
-    // Among so many tokens there are some whose experts' scores are as good as equal: rounding picks another one then.
-    for family in FAMILIES.into_iter().filter(|family| *family != "qwen3_moe") {
+    for family in FAMILIES {
         let expected = reference(family).log_probabilities(&batch);
         assert_eq!(expected.len(), 2 + 69 + 32);
         let device = device(0);
@@ -407,8 +406,14 @@ fn log_probabilities_are_those_of_the_reference() {
         let actual = model.log_probabilities(&batch).unwrap();
         // Measured by how far they are from each other.
         let mean = expected.iter().sum::<f64>() / expected.len() as f64;
-        let centered = |values: &[f64]| values.iter().map(|&x| (x - mean) as f32).collect::<Vec<f32>>();
-        assert_close(&centered(&actual), &centered(&expected), MODEL_BF16_TOLERANCE, family);
+        let errors = actual.iter().zip(&expected).map(|(actual, expected)| actual - expected);
+        let spread = expected.iter().fold(0.0f64, |max, x| max.max((x - mean).abs()));
+        let num_far =
+            errors.clone().filter(|error| error.abs() > f64::from(MODEL_BF16_TOLERANCE) * spread).count();
+        // Where two experts are all but equal, rounding chooses the other one.
+        assert!(num_far <= usize::from(family == "qwen3_moe"), "{num_far} of {family}");
+        let mean_error = errors.sum::<f64>() / expected.len() as f64;
+        assert!(mean_error.abs() < 0.005, "{mean_error} of {family}");
         // Keys and values are there afterwards, also of a batch in which no token has one before it.
         let mut alone = StepBatch::default();
         alone.push(&prompts[2], 0, &pages(5, 16), None);
