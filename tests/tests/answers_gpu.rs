@@ -140,6 +140,6 @@ fn answers_do_not_depend_on_how_the_work_is_cut() -> Result<()> {
 
 #[cfg(feature = "cuda-tests")]
 #[test]
-fn nor_do_those_of_a_real_model() -> Result<()> {
+fn real_model_answers_do_not_depend_on_it_either() -> Result<()> {
     check(&tidemill_tests::default_model())
 }
