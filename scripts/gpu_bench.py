@@ -14,7 +14,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TIDEMILL = pathlib.Path(os.environ.get("TIDEMILL", ROOT / "target" / "release" / "tidemill"))
-PEER = ROOT / "scripts" / "peers" / "transformers_batch.py"
+PEER = pathlib.Path(__file__).resolve().parent / "peers" / "transformers_batch.py"
 JOB = "summaries, 3000/200, distinct"
 SHARED_JOB = "summaries, 3000/200, 1000 shared"
 # What fp8 is measured on besides.

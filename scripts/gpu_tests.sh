@@ -8,14 +8,23 @@
 #
 # For `run`: libraries are looked for where TIDEMILL_CUDA_LIBRARIES says, else in the packages of python3, else where
 # the system has them. SOAK_SECONDS (120) is how long the tests are repeated, STEP_SECONDS (240) how long any other
-# step may take, MODELS the names or paths of models for the benchmarks (none if empty), STEPS which of
-# `test memcheck racecheck soak bench` are done (all).
+# step may take, BENCH_SECONDS (1800) the benchmarks, SHAPES the shapes of these (qwen3-8b), STEPS which of
+# `test golden answers memcheck racecheck soak bench` are done (all). The real models are tested where they are in the
+# cache there (tidemill models pull).
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 say() { printf 'gpu_tests: %s\n' "$*" >&2; }
+
+# Of the target $1, from what cargo says.
+executable_of() {
+    python3 -c '
+import json, sys
+for message in map(json.loads, sys.stdin):
+    if message.get("executable") and message["target"]["name"] == sys.argv[1]: print(message["executable"])' "$1"
+}
 
 build() {
     cd "$here/.."
@@ -23,23 +32,28 @@ build() {
     mkdir -p "$dir"
     sh scripts/cuda.sh fetch >/dev/null
     say "building the tests (some minutes when cold)"
-    tests=$(cargo test --locked -p tidemill-kernels --lib --features cuda-tests --no-run --message-format=json \
-        | python3 -c '
-import json, sys
-for message in map(json.loads, sys.stdin):
-    if message.get("executable") and message["target"]["name"] == "tidemill_kernels": print(message["executable"])')
+    executable=$(cargo test --locked -p tidemill-kernels --lib --features cuda-tests --no-run --message-format=json \
+        | executable_of tidemill_kernels)
+    cp "$executable" "$dir/kernel-tests"
+    for target in golden_gpu answers_gpu; do
+        executable=$(cargo test --locked -p tidemill-tests --test $target --features cuda-tests --no-run \
+            --message-format=json | executable_of $target)
+        cp "$executable" "$dir/$target"
+    done
     say "building the program"
     cargo build --release --locked -p tidemill --bin tidemill
-    cp "$tests" "$dir/kernel-tests"
     cp "${CARGO_TARGET_DIR:-target}/release/tidemill" "$dir/tidemill"
-    strip --strip-debug "$dir/kernel-tests" "$dir/tidemill"
-    cp scripts/gpu_tests.sh "$dir/gpu_tests.sh"
+    strip "$dir/kernel-tests" "$dir/golden_gpu" "$dir/answers_gpu" "$dir/tidemill"
+    cp scripts/gpu_tests.sh scripts/gpu_bench.py "$dir"
+    mkdir -p "$dir/peers"
+    cp scripts/peers/transformers_batch.py "$dir/peers"
     # What tests read.
     rm -rf "$dir/sources"
     for folder in kernels/cuda kernels/src/gpu tests/reference/tiny; do
         mkdir -p "$dir/sources/$folder"
         cp -R "$folder/." "$dir/sources/$folder"
     done
+    cp tests/reference/*.json "$dir/sources/tests/reference"
     say "carry this folder ($(du -sh "$dir" | cut -f 1)), then run there: sh $dir/gpu_tests.sh run RESULTS"
     ls "$dir"
 }
@@ -56,7 +70,7 @@ print(":".join(dict.fromkeys(folders)))' 2>/dev/null || true
 step() {
     name=$1 seconds=$2
     shift 2
-    case " ${STEPS:-test memcheck racecheck soak bench} " in *" ${name%%-*} "*) ;; *) return 0 ;; esac
+    case " ${STEPS:-test golden answers memcheck racecheck soak bench} " in *" ${name%%-*} "*) ;; *) return 0 ;; esac
     say "$name (at most $seconds s)"
     began=$(date +%s)
     rc=0
@@ -101,6 +115,13 @@ run() {
 
     # Mistakes are planted in the emulation, and looked for here.
     step test "$limit" "$here/kernel-tests" gpu::tests gpu::cuda --skip mistakes
+    # Models that are not in the cache there cannot be tested.
+    real=''
+    "$here/tidemill" models list 2>/dev/null | grep -q 'smollm2-135m-instruct .*here' || real='--skip real_model'
+    # shellcheck disable=SC2086 # no word or two
+    for name in golden answers; do
+        step $name "$limit" "$here/${name}_gpu" $real
+    done
     if command -v compute-sanitizer >/dev/null 2>&1; then
         for tool in memcheck racecheck; do
             step $tool "$limit" compute-sanitizer --tool $tool --error-exitcode 9 \
@@ -110,9 +131,11 @@ run() {
         say "compute-sanitizer is not there"
     fi
     step soak $((${SOAK_SECONDS:-120} + limit)) sh "$here/gpu_tests.sh" soak "${SOAK_SECONDS:-120}"
-    for model in ${MODELS:-}; do
-        name=bench-$(basename "$model" .gguf)
-        step "$name" "$limit" "$here/tidemill" bench engine --model "$model" --json "$results/$name.json"
+    for shape in ${SHAPES:-qwen3-8b}; do
+        step "bench-$shape" "${BENCH_SECONDS:-1800}" env TIDEMILL="$here/tidemill" python3 "$here/gpu_bench.py" \
+            --shape "$shape" --json "$results/bench-$shape.json"
+        # The table, whatever became of the rest.
+        [ ! -e "$results/bench-$shape.log" ] || cat "$results/bench-$shape.log"
     done
     printf '{"gpu": "%s", "steps": [\n  %s\n]}\n' "$gpu" "$(cat "$results/steps")" \
         >"$results/summary.json"

@@ -2,13 +2,14 @@
 //!
 //! Golden files are written by the scripts in `tests/reference/`. Prompts are token ids: tokenizers are tested elsewhere.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use serde::Deserialize;
 use tidemill_kernels::gpu::{GpuModel, GpuModelConfig, GpuWeights, KvMemory};
 use tidemill_kernels::models::{KvConfig, ModelWeights, NumericPath, Transformer};
 use tidemill_kernels::step::{Model, PageId, SamplingParams, StepBatch};
+
+use crate::workspace;
 
 /// Relative to the norm, and to the largest logit: f32 on both sides, summed in another order.
 pub const REFERENCE_TOLERANCE: f64 = 1e-3;
@@ -137,7 +138,7 @@ pub const OTHER_SCHEDULES: [Schedule; 4] = [
 impl Golden {
     /// A file of `tests/reference/`.
     pub fn read(name: &str) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference").join(name);
+        let path = workspace().join("tests/reference").join(name);
         let bytes = std::fs::read(path).expect("the golden file is committed");
         serde_json::from_slice(&bytes).expect("written by a script beside it")
     }

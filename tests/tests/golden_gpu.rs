@@ -64,10 +64,10 @@ fn deterministic_answers_have_the_same_bits_for_every_schedule() -> Result<()> {
     })
 }
 
-/// The real models, where they take seconds.
+/// The real model, where it takes seconds.
 #[cfg(feature = "cuda-tests")]
 #[test]
-fn real_models_equal_transformers() -> Result<()> {
+fn real_model_equals_transformers() -> Result<()> {
     use tidemill_tests::default_model;
     let weights = load(&default_model(), DETERMINISTIC)?;
     let golden = Golden::read("smollm2-135m.json");

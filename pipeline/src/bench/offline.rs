@@ -109,6 +109,7 @@ impl OfflineReport {
             ("output tokens", thousands(self.summary.output_tokens)),
             ("output tokens/s", format!("{:.0}", self.output_tokens_per_second)),
             ("peak memory", format!("{} MiB", self.peak_memory_mib)),
+            ("ran on", self.summary.device.clone()),
         ];
         let title = format!("{} on {}", self.model, self.device);
         let rows = rows.map(|(name, value)| vec![name.to_owned(), value]);
