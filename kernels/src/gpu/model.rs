@@ -40,12 +40,8 @@ pub use self::memory::KvMemory;
 const MAX_STARTED: usize = 2;
 /// Decodes that a graph may hold.
 const MAX_GRAPH_ROWS: usize = 256;
-/// Parts of the keys of a sequence that decodes, for which there is room; more than that are not cut.
-const PARTS_PER_SEQUENCE: usize = 16;
 /// Rows of the smallest tiles.
 const MIN_TILE_ROWS: usize = 32;
-/// Head dimensions that the kernel for Hopper knows.
-const MAX_WIDE_DIM: usize = 128;
 
 /// The bounds of a model's steps, and its pages.
 #[derive(Clone, Copy, Debug)]
@@ -134,8 +130,8 @@ impl GpuModel {
         let num_layers = model.num_layers as usize;
         let heads_len = 2 * model.num_kv_heads as usize * weights.stride;
         let page_bytes = page_size * heads_len * weights.options.kv_dtype.size_bytes();
-        let options = plan_options(&weights, page_size, max_rows, max_seqs);
         let shape = attention_shape(&weights, &config);
+        let options = PlanOptions::of_steps(&*device, &shape, weights.options, [max_rows, max_seqs]);
         let window_rope = || DeviceRope::new(&device, head_dim, max_position);
         let mut runner = Runner {
             buffers: Buffers::new(&weights, max_rows, max_seqs)?,
@@ -451,28 +447,6 @@ fn attention_shape(weights: &GpuWeights, config: &GpuModelConfig) -> AttentionSh
         page_size: config.page_size as usize,
         num_pages: 0,
         scale: model.attention_scale,
-    }
-}
-
-fn plan_options(weights: &GpuWeights, page_size: usize, max_rows: usize, max_seqs: usize) -> PlanOptions {
-    let model = &weights.config;
-    let group_len = (model.num_heads / model.num_kv_heads) as usize;
-    let batch_invariant = weights.options.deterministic;
-    PlanOptions {
-        page_size,
-        group_len,
-        head_dim: weights.stride,
-        batch_invariant,
-        wide_tiles: !batch_invariant
-            && weights.device.is_hopper()
-            && weights.options.kv_dtype == KvDtype::Bf16
-            && weights.stride <= MAX_WIDE_DIM,
-        share_prefixes: true,
-        split_len: match batch_invariant {
-            true => PlanOptions::BATCH_INVARIANT_SPLIT_LEN,
-            false => PlanOptions::SPLIT_LEN,
-        },
-        max_part_rows: (max_rows + max_seqs * PARTS_PER_SEQUENCE) * group_len,
     }
 }
 

@@ -14,12 +14,20 @@
 
 use std::ops::Range;
 
+use super::GpuOptions;
+use super::device::Device;
+use super::ops::KvDtype;
+use crate::backend::AttentionShape;
 use crate::step::{PageId, StepBatch};
 
 /// Rows of a tile for the kernel that is made for Hopper.
 pub(crate) const WIDE_ROWS: usize = 128;
 /// Sequences with more tiles of rows than this are not cut along their keys.
 const MAX_SPLIT_TILES: usize = 4;
+/// Head dimensions that the kernel for Hopper knows.
+const MAX_WIDE_DIM: usize = 128;
+/// Parts of the keys of a sequence that decodes, for which there is room on average; what does not fit is not cut.
+const PARTS_PER_SEQUENCE: usize = 16;
 /// Words of a tile and of a merge.
 const RECORD: usize = 8;
 
@@ -42,6 +50,29 @@ pub(crate) struct PlanOptions {
 }
 
 impl PlanOptions {
+    /// For steps of so many rows and sequences.
+    pub(crate) fn of_steps(
+        device: &dyn Device,
+        shape: &AttentionShape,
+        options: GpuOptions,
+        [max_rows, max_seqs]: [usize; 2],
+    ) -> Self {
+        let batch_invariant = options.deterministic;
+        Self {
+            page_size: shape.page_size,
+            group_len: shape.group_len(),
+            head_dim: shape.head_dim,
+            batch_invariant,
+            wide_tiles: !batch_invariant
+                && device.is_hopper()
+                && options.kv_dtype == KvDtype::Bf16
+                && shape.head_dim <= MAX_WIDE_DIM,
+            share_prefixes: true,
+            split_len: if batch_invariant { Self::BATCH_INVARIANT_SPLIT_LEN } else { Self::SPLIT_LEN },
+            max_part_rows: (max_rows + max_seqs * PARTS_PER_SEQUENCE) * shape.group_len(),
+        }
+    }
+
     /// A part's results cost 8 bytes a dimension and row to write and read again, its keys 2048 a dimension and head.
     pub(crate) const SPLIT_LEN: u32 = 512;
     /// Long chunks merge too then, which costs each row as much.

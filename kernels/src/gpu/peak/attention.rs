@@ -14,10 +14,6 @@ use crate::gpu::{Gpu, GpuError, GpuOptions, KvDtype};
 use crate::step::{PageId, StepBatch};
 
 const PAGE_SIZE: usize = 64;
-/// As many parts of a sequence as there is room for in a model.
-const PARTS_PER_SEQUENCE: usize = 16;
-/// Head dimensions that the kernel for Hopper knows.
-const MAX_WIDE_DIM: usize = 128;
 
 /// The heads of a layer.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +50,8 @@ pub fn attention_seconds(
         scale: (heads.head_dim as f32).powf(-0.5),
     };
     let kv = Kv::new(device, &shape, options.kv_dtype)?;
-    let mut plan = AttentionPlan::new(plan_options(&**device, &shape, options, &batch));
+    let sizes = [batch.num_tokens(), batch.num_seqs()];
+    let mut plan = AttentionPlan::new(PlanOptions::of_steps(&**device, &shape, options, sizes));
     plan.plan(&batch);
     let layout = PlanLayout::new(plan.size());
     let mut words = vec![0; layout.len];
@@ -77,32 +74,6 @@ pub fn attention_seconds(
         out: &out,
     };
     Ok(1.0 / best_rate(&**device, elapsed, || attention(&**device, &args))?)
-}
-
-/// As those of a model.
-fn plan_options(
-    device: &dyn Device,
-    shape: &AttentionShape,
-    options: GpuOptions,
-    batch: &StepBatch,
-) -> PlanOptions {
-    let batch_invariant = options.deterministic;
-    PlanOptions {
-        page_size: PAGE_SIZE,
-        group_len: shape.group_len(),
-        head_dim: shape.head_dim,
-        batch_invariant,
-        wide_tiles: !batch_invariant
-            && device.is_hopper()
-            && options.kv_dtype == KvDtype::Bf16
-            && shape.head_dim <= MAX_WIDE_DIM,
-        share_prefixes: true,
-        split_len: match batch_invariant {
-            true => PlanOptions::BATCH_INVARIANT_SPLIT_LEN,
-            false => PlanOptions::SPLIT_LEN,
-        },
-        max_part_rows: (batch.num_tokens() + batch.num_seqs() * PARTS_PER_SEQUENCE) * shape.group_len(),
-    }
 }
 
 /// Random keys and values.
