@@ -3,11 +3,12 @@
 //
 //   out[row] = sum over k of softmax(scale * query[row] . key[k]) * value[k],  low(row) <= k <= position(row)
 //
-// Shapes: see AttentionParams. Grid: a block a tile and head of keys and values, capacity * kv heads; 128
-// threads. A tile of up to 64 rows gives each warp 16 of them and all keys. One of up to 16 rows (decodes)
-// gives each warp a quarter of the keys for the scores, which all warps then read, and a quarter of the
-// dimensions of the values. Both take the same keys in the same order, so a row's bits are the same in
-// either; they depend on its position, on k0 and `split`, and on nothing else of the batch.
+// Shapes: see AttentionParams; keys and values of T or e4m3, D 64, 128 or 256. Grid: a block a tile and head
+// of keys and values, capacity * kv heads; 128 threads. A tile of up to 64 rows gives each warp 16 of them
+// and all keys. One of up to 16 rows (decodes) gives each warp a quarter of the keys for the scores, which
+// all warps then read, and a quarter of the dimensions of the values. Both take the same keys in the same
+// order, so a row's bits are the same in either; they depend on its position, on k0 and `split`, and on
+// nothing else of the batch.
 //
 // Bytes of a tile: (k1 - k0) * 2 * D numbers once, whatever the number of rows, two steps of 64 keys on the
 // way: 64 KiB a multiprocessor in flight at D 128, where 36 bytes a nanosecond with 700 ns of latency ask for
@@ -26,12 +27,12 @@ constexpr int kKeys = D == 256 ? 32 : 64;  // of a step; as many as registers ho
 // Rows of D numbers in shared memory, 16 bytes at a time, so that neither rows nor columns meet in a bank.
 // The piece is `even` + `odd`, an even number that is known and 0 or 1, of which only the last bits make
 // work.
-template <int D>
-__device__ __forceinline__ bf16* at(bf16* tile, uint32_t row, uint32_t even, uint32_t odd) {
+template <int D, class T>
+__device__ __forceinline__ T* at(T* tile, uint32_t row, uint32_t even, uint32_t odd) {
   return tile + row * D + even / 8 * 64 + ((even % 8 + odd) ^ (row & 7)) * 8;
 }
-template <int D>
-__device__ __forceinline__ bf16* at(bf16* tile, uint32_t row, uint32_t chunk) {
+template <int D, class T>
+__device__ __forceinline__ T* at(T* tile, uint32_t row, uint32_t chunk) {
   return tile + row * D + (chunk ^ (row & 7)) * 8;
 }
 
@@ -67,21 +68,21 @@ struct Pass {
 };
 
 // Begins to copy the keys from k on, and their values; zeros behind the end.
-template <int D>
-__device__ __forceinline__ void copy_step(const Pages<bf16>& pages, bf16* stage, char*, int k) {
+template <int D, class T>
+__device__ __forceinline__ void copy_step(const Pages<T>& pages, T* stage, char*, int k) {
   const Pass<kKeys<D>, D / 8> pass;
 #pragma unroll
   for (int j = 0; j < pass.kTimes; j++) {
     const int row = j * pass.kRows + pass.row;
     const bool ok = k + row < pages.end;
-    const bf16* from = pages.key<D>(k + row) + pass.chunk * 8;
+    const T* from = pages.template key<D>(k + row) + pass.chunk * 8;
     cp_async16(at<D>(stage, row, pass.chunk), from, ok);
-    cp_async16(at<D>(stage + kKeys<D> * D, row, pass.chunk), from + pages.to_values<D>(), ok);
+    cp_async16(at<D>(stage + kKeys<D> * D, row, pass.chunk), from + pages.template to_values<D>(), ok);
   }
 }
 
-template <int D>
-__device__ __forceinline__ void copy_step(const Pages<e4m3>& pages, bf16*, char* raw, int k) {
+template <int D, class T>
+__device__ __forceinline__ void copy_step(const Pages<e4m3>& pages, T*, char* raw, int k) {
   const Pass<kKeys<D>, D / 16> pass;
 #pragma unroll
   for (int j = 0; j < pass.kTimes; j++) {
@@ -93,26 +94,26 @@ __device__ __forceinline__ void copy_step(const Pages<e4m3>& pages, bf16*, char*
   }
 }
 
-// Makes bf16 of what this thread copied.
-template <int D>
-__device__ __forceinline__ void widen_step(const char* raw, bf16* stage) {
+// Makes T of what this thread copied.
+template <int D, class T>
+__device__ __forceinline__ void widen_step(const char* raw, T* stage) {
   const Pass<2 * kKeys<D>, D / 16> pass;
 #pragma unroll 2
   for (int j = 0; j < pass.kTimes; j++) {
     const int row = j * pass.kRows + pass.row;
     const uint4 from = *(const uint4*)(raw + row * D + pass.chunk * 16);
-    const uint2 a = widen_e4m3(from.x), b = widen_e4m3(from.y), c = widen_e4m3(from.z),
-                d = widen_e4m3(from.w);
+    const uint2 a = widen_e4m3<T>(from.x), b = widen_e4m3<T>(from.y), c = widen_e4m3<T>(from.z),
+                d = widen_e4m3<T>(from.w);
     *(uint4*)at<D>(stage, row, pass.chunk * 2) = make_uint4(a.x, a.y, b.x, b.y);
     *(uint4*)at<D>(stage, row, pass.chunk * 2 + 1) = make_uint4(c.x, c.y, d.x, d.y);
   }
 }
 
 // Scores of 16 rows with kCount keys from `first` on, not yet scaled.
-template <int D, int kCount, bool kHold>
+template <int D, int kCount, bool kHold, class T>
 __device__ __forceinline__ void multiply_keys(float (&c)[kCount / 8][4],
-                                              const uint32_t (&held)[kHold ? D / 16 : 1][4], bf16* query,
-                                              int row0, bf16* keys, int first) {
+                                              const uint32_t (&held)[kHold ? D / 16 : 1][4], T* query,
+                                              int row0, T* keys, int first) {
   const uint32_t lane = threadIdx.x % 32;
 #pragma unroll(kHold ? D / 16 : 4)
   for (int d = 0; d < D / 16; d += kCount == 8 ? 2 : 1) {
@@ -126,14 +127,14 @@ __device__ __forceinline__ void multiply_keys(float (&c)[kCount / 8][4],
         ldmatrix_x4<false>(a[e], at<D>(query, row0 + lane % 16, (d + e) * 2, lane / 16));
     if (kCount == 8) {  // 8 keys, 32 dimensions
       ldmatrix_x4<false>(b, at<D>(keys, first + lane % 8, d * 2, lane / 8));
-      mma_bf16(c[0], a[0], b[0], b[1]);
-      mma_bf16(c[0], a[1], b[2], b[3]);
+      mma<T>(c[0], a[0], b[0], b[1]);
+      mma<T>(c[0], a[1], b[2], b[3]);
     } else {  // 16 keys, 16 dimensions
 #pragma unroll
       for (int n = 0; n < kCount / 16; n++) {
         ldmatrix_x4<false>(b, at<D>(keys, first + n * 16 + lane % 8 + lane / 16 * 8, d * 2, lane / 8 % 2));
-        mma_bf16(c[2 * n], a[0], b[0], b[1]);
-        mma_bf16(c[2 * n + 1], a[0], b[2], b[3]);
+        mma<T>(c[2 * n], a[0], b[0], b[1]);
+        mma<T>(c[2 * n + 1], a[0], b[2], b[3]);
       }
     }
   }
@@ -159,28 +160,28 @@ struct Running {
   }
 
   // Adds the weighted values, dimensions from `dim0` on.
-  template <int D, int kCount>
-  __device__ __forceinline__ void add_values(const float (&c)[kCount / 8][4], bf16* values, int dim0) {
+  template <int D, int kCount, class T>
+  __device__ __forceinline__ void add_values(const float (&c)[kCount / 8][4], T* values, int dim0) {
     const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kCount / 16; n++) {
       const float *left = c[2 * n], *right = c[2 * n + 1];
-      const uint32_t a[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
-                             pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])};
+      const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
+                             pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
 #pragma unroll
       for (int d = 0; d < kDims / 16; d++) {
         uint32_t b[4];
         ldmatrix_x4<true>(b, at<D>(values, n * 16 + lane % 16, d * 2, dim0 / 8 + lane / 16));
-        mma_bf16(o[2 * d], a, b[0], b[1]);
-        mma_bf16(o[2 * d + 1], a, b[2], b[3]);
+        mma<T>(o[2 * d], a, b[0], b[1]);
+        mma<T>(o[2 * d + 1], a, b[2], b[3]);
       }
     }
   }
 };
 
 // Writes what two rows of a thread, `row` and that + 8, have summed over a part of their keys.
-template <int D, int kDims>
-__device__ __forceinline__ void end_part(const AttentionParams& p, const AttentionTile& t, uint32_t head,
+template <int D, int kDims, class T>
+__device__ __forceinline__ void end_part(const AttentionParams<T>& p, const AttentionTile& t, uint32_t head,
                                          const AttentionRow (&rows)[2], const Running<kDims>& run,
                                          MergedParts (&merged)[2], uint32_t row, uint32_t dim0, bool last) {
   const uint32_t lane = threadIdx.x % 32;
@@ -195,11 +196,11 @@ __device__ __forceinline__ void end_part(const AttentionParams& p, const Attenti
     const float lse = sum == 0 ? -INFINITY : fmaf(run.max[r], p.scale_log2, log2f(sum));
     const size_t part = (size_t)(t.part + row + r * 8) * p.num_kv_heads + head;
     float* part_out = p.part_out + part * D + dim0 + lane % 4 * 2;
-    bf16* out = p.out + rows[r].out + dim0 + lane % 4 * 2;
+    T* out = p.out + rows[r].out + dim0 + lane % 4 * 2;
     if (t.part < 0) {
 #pragma unroll
       for (int n = 0; n < kDims / 8; n++)
-        *(uint32_t*)(out + n * 8) = pack_bf16(run.o[n][r * 2] * inverse, run.o[n][r * 2 + 1] * inverse);
+        *(uint32_t*)(out + n * 8) = pack<T>(run.o[n][r * 2] * inverse, run.o[n][r * 2 + 1] * inverse);
     } else if (!t.split) {
       if (dim0 == 0 && lane % 4 == 0)
         p.part_lse[part] = lse;
@@ -219,7 +220,7 @@ __device__ __forceinline__ void end_part(const AttentionParams& p, const Attenti
         x.x = merge_value(x.x, keep, add, run.o[n][r * 2] * inverse);
         x.y = merge_value(x.y, keep, add, run.o[n][r * 2 + 1] * inverse);
         if (last)
-          *(uint32_t*)(out + n * 8) = pack_bf16(x.x * whole, x.y * whole);
+          *(uint32_t*)(out + n * 8) = pack<T>(x.x * whole, x.y * whole);
         else
           *(float2*)(part_out + n * 8) = x;
       }
@@ -227,9 +228,9 @@ __device__ __forceinline__ void end_part(const AttentionParams& p, const Attenti
   }
 }
 
-template <int D, int kRows>
-__device__ __forceinline__ void copy_queries(const AttentionParams& p, const AttentionTile& t, uint32_t head,
-                                             bf16* query) {
+template <int D, int kRows, class T>
+__device__ __forceinline__ void copy_queries(const AttentionParams<T>& p, const AttentionTile& t,
+                                             uint32_t head, T* query) {
   const Pass<kRows, D / 8> pass;
 #pragma unroll 1
   for (int j = 0; j < pass.kTimes; j++) {
@@ -258,15 +259,15 @@ __device__ __forceinline__ void share_scores(float (&c)[kAll / 8][4], const floa
   }
 }
 
-template <int D, class Number, int kRows>
-__device__ __forceinline__ void attend(const AttentionParams& p, const AttentionTile& t, uint32_t head,
+template <int D, class Number, int kRows, class T>
+__device__ __forceinline__ void attend(const AttentionParams<T>& p, const AttentionTile& t, uint32_t head,
                                        char* shared) {
   constexpr uint32_t kSharers = 64 / kRows;  // warps that have the same rows
   constexpr int kCount = kKeys<D> / kSharers, kDims = D / kSharers, kStride = kKeys<D> + 8;
   constexpr bool kHold = D <= 128, kWide = sizeof(Number) == 2;
-  bf16* stages = (bf16*)shared;
+  T* stages = (T*)shared;
   char* raw = (char*)(stages + 4 * kKeys<D> * D);
-  bf16* query = (bf16*)(raw + (kWide ? 0 : 2 * kKeys<D> * D));
+  T* query = (T*)(raw + (kWide ? 0 : 2 * kKeys<D> * D));
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t share = warp % kSharers, row0 = warp / kSharers * 16, dim0 = share * kDims;
   // [kRows, kStride], where warps share rows: so that pairs do not meet in a bank.
@@ -296,7 +297,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
   uint32_t held[kHold ? D / 16 : 1][4];
   bool first = true;
   for (int s = 0; k < t.k1; s ^= 1) {
-    bf16 *keys = stages + s * 2 * kKeys<D> * D, *values = keys + kKeys<D> * D;
+    T *keys = stages + s * 2 * kKeys<D> * D, *values = keys + kKeys<D> * D;
     cp_async_wait<0>();
     if (!kWide)
       widen_step<D>(raw, keys);
@@ -333,8 +334,8 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
   }
 }
 
-template <int D, class Number>
-__device__ __forceinline__ void attention(const AttentionParams& p) {
+template <int D, class Number, class T>
+__device__ __forceinline__ void attention(const AttentionParams<T>& p) {
   DYN_SHARED(char, shared);
   const uint32_t tile = blockIdx.x / p.num_kv_heads, head = blockIdx.x % p.num_kv_heads;
   if (tile >= *p.num_tiles)
@@ -348,16 +349,19 @@ __device__ __forceinline__ void attention(const AttentionParams& p) {
 
 }  // namespace
 
-#define ATTENTION(D, Number)                                                \
-  extern "C" __global__ void __launch_bounds__(kThreads)                    \
-      attention_##D##_##Number(const __grid_constant__ AttentionParams p) { \
-    attention<D, Number>(p);                                                \
-  }                                                                         \
-  EMU_KERNEL(attention_##D##_##Number)
+#define ATTENTION(kind, D, Number, T)                                  \
+  extern "C" __global__ void __launch_bounds__(kThreads)               \
+      attention_##kind(const __grid_constant__ AttentionParams<T> p) { \
+    attention<D, Number>(p);                                           \
+  }                                                                    \
+  EMU_KERNEL(attention_##kind)
+#define ATTENTIONS(D, T)      \
+  ATTENTION(D##_##T, D, T, T) \
+  ATTENTION(D##_e4m3_##T, D, e4m3, T)
 
-ATTENTION(64, bf16)
-ATTENTION(128, bf16)
-ATTENTION(256, bf16)
-ATTENTION(64, e4m3)
-ATTENTION(128, e4m3)
-ATTENTION(256, e4m3)
+ATTENTIONS(64, bf16)
+ATTENTIONS(128, bf16)
+ATTENTIONS(256, bf16)
+ATTENTIONS(64, f16)
+ATTENTIONS(128, f16)
+ATTENTIONS(256, f16)

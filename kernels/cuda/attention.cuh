@@ -24,12 +24,14 @@ struct __align__(16) AttentionMerge {
   uint32_t unused;
 };
 
+// T is bf16 or f16.
+template <class T>
 struct AttentionParams {
-  const bf16* query;  // [tokens, heads, D]
-  const void* kv;     // [page][2][kv head][slot][D], bf16 or e4m3
-  bf16* out;          // [tokens, heads, D]
-  float* part_out;    // [part rows, kv heads, D]
-  float* part_lse;    // [part rows, kv heads], log2 of the sum of exponentials, -inf where no key was seen
+  const T* query;   // [tokens, heads, D]
+  const void* kv;   // [page][2][kv head][slot][D], T or e4m3
+  T* out;           // [tokens, heads, D]
+  float* part_out;  // [part rows, kv heads, D]
+  float* part_lse;  // [part rows, kv heads], log2 of the sum of exponentials, -inf where no key was seen
   const uint32_t* positions;
   const uint32_t* num_tiles;  // blocks beyond it return
   const AttentionTile* tiles;
@@ -46,7 +48,8 @@ struct AttentionRow {
   bool ok;
 };
 
-__device__ __forceinline__ AttentionRow attention_row(const AttentionParams& p, const AttentionTile& t,
+template <class T>
+__device__ __forceinline__ AttentionRow attention_row(const AttentionParams<T>& p, const AttentionTile& t,
                                                       uint32_t head, uint32_t row, uint32_t dim) {
   AttentionRow a = {0, 0, 0, row < t.num_rows};
   if (!a.ok)
@@ -60,7 +63,8 @@ __device__ __forceinline__ AttentionRow attention_row(const AttentionParams& p, 
 }
 
 // Where the keys of a tile begin: a multiple of `step` from which on some row sees keys.
-__device__ __forceinline__ int first_key(const AttentionParams& p, const AttentionTile& t, int step) {
+template <class T>
+__device__ __forceinline__ int first_key(const AttentionParams<T>& p, const AttentionTile& t, int step) {
   const int low = p.window ? max(t.min_position + 1 - p.window, 0) : 0;
   return max(t.k0, low / step * step);
 }

@@ -1,10 +1,10 @@
 // The same as attention.cu for tiles of up to 128 rows of a prefill chunk, on sm_90a: TMA and wgmma.
 //
-// Shapes: see AttentionParams; keys and values bf16, D 64 or 128. Pages divide 128 keys or are made of them.
-// Grid: a block a tile and head of keys and values; 288 threads: two warpgroups of 64 rows, and a warp that
-// copies. A step is 128 keys. The copying warp fills two stages of keys and two of values, each lane a page.
-// A warpgroup keeps one product ahead: while it makes weights of the scores of this step, the tensor cores
-// multiply the values of the step before and the other warpgroup's scores.
+// Shapes: see AttentionParams; keys and values of T, D 64 or 128. Pages divide 128 keys or are made of them.
+// Grid: a block a tile and head of keys and values; 384 threads: two warpgroups of 64 rows, and one of which
+// a warp copies. A step is 128 keys. The copying warp fills two stages of keys and two of values, each lane a
+// page. A warpgroup keeps one product ahead: while it makes weights of the scores of this step, the tensor
+// cores multiply the values of the step before and the other warpgroup's scores.
 //
 // FLOPs: 4 * D a row and key. Bytes of a step: 128 * 2 * D numbers for 128 rows, 128 FLOPs a byte out of the
 // second level cache, which 132 multiprocessors at 3.3 TB/s allow 800 of: bound by the tensor cores, and, as
@@ -18,9 +18,10 @@ namespace {
 
 constexpr int kKeys = 128, kStages = 2, kConsumers = 256, kThreads = kConsumers + 128;
 
+template <class T>
 struct AttentionHopperParams {
   TmaMap map;  // of `kv` as a matrix [page * 2 * kv head * slot, D]
-  AttentionParams a;
+  AttentionParams<T> a;
   uint32_t box_rows;  // min(page size, 128)
 };
 
@@ -45,8 +46,8 @@ struct Stages {
 };
 
 // Copies keys or values of a step, each lane a page or the part of one.
-template <int D>
-__device__ __forceinline__ void copy_step(const AttentionHopperParams& p, const AttentionTile& t,
+template <int D, class T>
+__device__ __forceinline__ void copy_step(const AttentionHopperParams<T>& p, const AttentionTile& t,
                                           uint32_t head, uint32_t is_value, int k, char* to, uint64_t* full) {
   const uint32_t lane = threadIdx.x % 32, left = min(t.k1 - k, kKeys);
   const uint32_t boxes = (left + p.box_rows - 1) / p.box_rows;
@@ -67,8 +68,8 @@ __device__ __forceinline__ void copy_step(const AttentionHopperParams& p, const 
     tma_load_2d(to + block * kBlock + lane * p.box_rows * 128, &p.map, full, block * 64, row);
 }
 
-template <int D>
-__device__ __forceinline__ void copy_all(const AttentionHopperParams& p, const AttentionTile& t,
+template <int D, class T>
+__device__ __forceinline__ void copy_all(const AttentionHopperParams<T>& p, const AttentionTile& t,
                                          uint32_t head, const Stages<D>& stages, int k) {
   for (int i = 0; k < t.k1; k += kKeys, i++) {
     const int s = i % kStages, parity = i / kStages % 2 ^ 1;
@@ -87,36 +88,37 @@ __device__ __forceinline__ void release(uint64_t* empty) {
 }
 
 // Begins scores = query * keys.
-template <int D>
+template <int D, class T>
 __device__ __forceinline__ void begin_scores(float (&c)[kKeys / 8][4], const char* query, const char* keys) {
   wgmma_hold(c);
   wgmma_fence();
 #pragma unroll
   for (int d = 0; d < D / 16; d++)
-    wgmma_64x128(c, smem_desc(query + d / 4 * kBlock + d % 4 * 32, 16, 1024),
-                 smem_desc(keys + d / 4 * kBlock + d % 4 * 32, 16, 1024), d > 0);
+    wgmma_64x128<T>(c, smem_desc(query + d / 4 * kBlock + d % 4 * 32, 16, 1024),
+                    smem_desc(keys + d / 4 * kBlock + d % 4 * 32, 16, 1024), d > 0);
   wgmma_commit();
 }
 
 // Begins o += weights * values.
-template <int D>
+template <int D, class T>
 __device__ __forceinline__ void begin_values(float (&o)[D / 8][4], const uint32_t (&weights)[kKeys / 16][4],
                                              const char* values) {
   wgmma_hold(o);
   wgmma_fence();
 #pragma unroll
   for (int n = 0; n < kKeys / 16; n++)
-    wgmma_add(o, weights[n], smem_desc(values + n * 2048, kBlock, 1024));
+    wgmma_add<T>(o, weights[n], smem_desc(values + n * 2048, kBlock, 1024));
   wgmma_commit();
 }
 
+template <class T>
 __device__ __forceinline__ void pack_weights(uint32_t (&weights)[kKeys / 16][4],
                                              const float (&c)[kKeys / 8][4]) {
 #pragma unroll
   for (int n = 0; n < kKeys / 16; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      weights[n][i] = pack_bf16(c[2 * n + i / 2][i % 2 * 2], c[2 * n + i / 2][i % 2 * 2 + 1]);
+      weights[n][i] = pack<T>(c[2 * n + i / 2][i % 2 * 2], c[2 * n + i / 2][i % 2 * 2 + 1]);
 }
 
 // Rows of values behind the end may be anything, also NaN; their weights are zero. Both warpgroups do this.
@@ -130,8 +132,8 @@ __device__ __forceinline__ void clear_behind(char* values, int first, uint32_t g
   named_barrier(1 + group, 128);
 }
 
-template <int D>
-__device__ __forceinline__ void attend(const AttentionParams& p, const AttentionTile& t, uint32_t head,
+template <int D, class T>
+__device__ __forceinline__ void attend(const AttentionParams<T>& p, const AttentionTile& t, uint32_t head,
                                        const Stages<D>& stages, int k) {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   for (uint32_t i = threadIdx.x % 128; i < 64 * (D / 8); i += 128) {
@@ -154,19 +156,19 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, keep[2];
   uint32_t weights[kKeys / 16][4];
   mbar_wait(stages.keys_full, 0);
-  begin_scores<D>(c, query, stages.keys);
+  begin_scores<D, T>(c, query, stages.keys);
   wgmma_wait<0>();
   wgmma_hold(c);
   release(stages.keys_empty);
   weigh_scores<kKeys>(c, rows, k, p.scale_log2, max, sum, keep);
-  pack_weights(weights, c);
+  pack_weights<T>(weights, c);
   int i = 1;
   for (k += kKeys; k < t.k1; k += kKeys, i++) {
     const int s = i % kStages, before = (i - 1) % kStages;
     mbar_wait(stages.keys_full + s, i / kStages % 2);
-    begin_scores<D>(c, query, stages.keys + s * kKeys * D * 2);
+    begin_scores<D, T>(c, query, stages.keys + s * kKeys * D * 2);
     mbar_wait(stages.values_full + before, (i - 1) / kStages % 2);
-    begin_values<D>(o, weights, stages.values + before * kKeys * D * 2);
+    begin_values<D, T>(o, weights, stages.values + before * kKeys * D * 2);
     wgmma_wait<1>();
     wgmma_hold(c);
     release(stages.keys_empty + s);
@@ -180,13 +182,13 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
 #pragma unroll
       for (int j = 0; j < 4; j++)
         o[n][j] *= keep[j / 2];
-    pack_weights(weights, c);
+    pack_weights<T>(weights, c);
   }
   const int last = (i - 1) % kStages;
   mbar_wait(stages.values_full + last, (i - 1) / kStages % 2);
   if (k > t.k1)
     clear_behind<D>(stages.values + last * kKeys * D * 2, t.k1 - (k - kKeys), group);
-  begin_values<D>(o, weights, stages.values + last * kKeys * D * 2);
+  begin_values<D, T>(o, weights, stages.values + last * kKeys * D * 2);
   wgmma_wait<0>();
   wgmma_hold(o);
 #pragma unroll
@@ -196,15 +198,15 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Attention
     if (!rows[r].ok)
       continue;
     const float inverse = reciprocal(sum[r]);
-    bf16* out = p.out + rows[r].out + lane % 4 * 2;
+    T* out = p.out + rows[r].out + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < D / 8; n++)
-      *(uint32_t*)(out + n * 8) = pack_bf16(o[n][r * 2] * inverse, o[n][r * 2 + 1] * inverse);
+      *(uint32_t*)(out + n * 8) = pack<T>(o[n][r * 2] * inverse, o[n][r * 2 + 1] * inverse);
   }
 }
 
-template <int D>
-__device__ __forceinline__ void attention(const AttentionHopperParams& p) {
+template <int D, class T>
+__device__ __forceinline__ void attention(const AttentionHopperParams<T>& p) {
   DYN_SHARED(char, shared);
   const uint32_t tile = blockIdx.x / p.a.num_kv_heads, head = blockIdx.x % p.a.num_kv_heads;
   if (tile >= *p.a.num_tiles)
@@ -239,12 +241,14 @@ __device__ __forceinline__ void attention(const AttentionHopperParams& p) {
 #define ATTEND(D)
 #endif
 
-#define ATTENTION(D)                                                          \
-  extern "C" __global__ void __launch_bounds__(kThreads, 1)                   \
-      attention_hopper_##D(const __grid_constant__ AttentionHopperParams p) { \
-    ATTEND(D);                                                                \
-  }                                                                           \
-  EMU_KERNEL(attention_hopper_##D)
+#define ATTENTION(D, T)                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1)                            \
+      attention_hopper_##D##_##T(const __grid_constant__ AttentionHopperParams<T> p) { \
+    ATTEND(D);                                                                         \
+  }                                                                                    \
+  EMU_KERNEL(attention_hopper_##D##_##T)
 
-ATTENTION(64)
-ATTENTION(128)
+ATTENTION(64, bf16)
+ATTENTION(128, bf16)
+ATTENTION(64, f16)
+ATTENTION(128, f16)

@@ -10,8 +10,9 @@
 
 namespace {
 
+template <class T>
 struct AttentionMergeParams {
-  bf16* out;              // [tokens, heads, D]
+  T* out;                 // [tokens, heads, D], bf16 or f16
   const float* part_out;  // [part rows, kv heads, D]
   const float* part_lse;  // [part rows, kv heads]
   const uint32_t* num_merges;
@@ -22,12 +23,11 @@ struct AttentionMergeParams {
 constexpr int kThreads = 128;
 constexpr int kMaxPairs = 4;  // of a lane, at 256 dimensions
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kThreads)
-    attention_merge(const __grid_constant__ AttentionMergeParams p) {
+template <class T>
+__device__ __forceinline__ void attention_merge(const AttentionMergeParams<T>& p) {
   const uint32_t query_head = blockIdx.y * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (blockIdx.x >= *p.num_merges || query_head >= p.num_kv_heads * p.group_len)
+  const bool has_token = blockIdx.x < *p.num_merges, has_head = query_head < p.num_kv_heads * p.group_len;
+  if (!has_token || !has_head)
     return;
   const AttentionMerge m = p.merges[blockIdx.x];
   const uint32_t head = query_head / p.group_len, in_group = query_head % p.group_len;
@@ -53,12 +53,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
   const float whole = reciprocal(merged.sum);
-  bf16* out = p.out + ((size_t)m.token * p.num_kv_heads * p.group_len + query_head) * p.dim;
+  T* out = p.out + ((size_t)m.token * p.num_kv_heads * p.group_len + query_head) * p.dim;
 #pragma unroll
   for (int j = 0; j < kMaxPairs; j++) {
     const uint32_t d = (j * 32 + lane) * 2;
     if (d < p.dim)
-      *(uint32_t*)(out + d) = pack_bf16(sum[j].x * whole, sum[j].y * whole);
+      *(uint32_t*)(out + d) = pack<T>(sum[j].x * whole, sum[j].y * whole);
   }
 }
-EMU_KERNEL(attention_merge)
+
+}  // namespace
+
+KERNELS(attention_merge, AttentionMergeParams, kThreads)

@@ -1,7 +1,7 @@
 // A token's answer from those of its experts: out[token] = sum over its routes of weight * answers[route].
 //
-// Shapes: answers bf16 [routes, size], weights f32 and routes_of u32 [tokens, num_chosen], in the order of
-// the experts (route.cu); out bf16 [tokens, size]. size is a multiple of 8.
+// Shapes: answers T [routes, size], bf16 or f16, weights f32 and routes_of u32 [tokens, num_chosen], in the
+// order of the experts (route.cu); out T [tokens, size]. size is a multiple of 8.
 //
 // Grid: a block a token. Sums are f32, in the order of the experts, so a token's answer depends on nothing
 // else. Bytes: 2 for each answer of each expert and 2 written a number; bound by memory.
@@ -11,17 +11,17 @@ namespace {
 
 constexpr int kThreads = 128;
 
+template <class T>
 struct CombineParams {
-  const bf16* answers;
+  const T* answers;
   const float* weights;
   const uint32_t* routes_of;
-  bf16* out;
+  T* out;
   uint32_t size, num_chosen;
 };
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ CombineParams p) {
+template <class T>
+__device__ __forceinline__ void combine(const CombineParams<T>& p) {
   const size_t token = blockIdx.x;
   const float* weights = p.weights + token * p.num_chosen;
   const uint32_t* routes_of = p.routes_of + token * p.num_chosen;
@@ -33,13 +33,16 @@ extern "C" __global__ void __launch_bounds__(kThreads) combine(const __grid_cons
       const float weight = weights[i];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        sums[j * 2] = fmaf(weight, lo_of(words[j]), sums[j * 2]);
-        sums[j * 2 + 1] = fmaf(weight, hi_of(words[j]), sums[j * 2 + 1]);
+        sums[j * 2] = fmaf(weight, lo_of<T>(words[j]), sums[j * 2]);
+        sums[j * 2 + 1] = fmaf(weight, hi_of<T>(words[j]), sums[j * 2 + 1]);
       }
     }
     *(uint4*)(p.out + token * p.size + first) =
-        make_uint4(pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]), pack_bf16(sums[4], sums[5]),
-                   pack_bf16(sums[6], sums[7]));
+        make_uint4(pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3]), pack<T>(sums[4], sums[5]),
+                   pack<T>(sums[6], sums[7]));
   }
 }
-EMU_KERNEL(combine)
+
+}  // namespace
+
+KERNELS(combine, CombineParams, kThreads)

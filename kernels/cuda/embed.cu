@@ -3,15 +3,16 @@
 //   id = from[row] < 0 ? ids[row] : sampled[from[row]]
 //   out[row] = table[id] * scale
 //
-// Shapes: table bf16 [vocab, size], ids u32 [rows], from i32 [rows], sampled u32 (what the step before
-// sampled, never seen by the host), out f32 [rows, size]. Grid: a block a row. Bytes: 2 read and 4 written a
-// number; bound by memory.
+// Shapes: table T [vocab, size], bf16 or f16, ids u32 [rows], from i32 [rows], sampled u32 (what the step
+// before sampled, never seen by the host), out f32 [rows, size]. Grid: a block a row. Bytes: 2 read and 4
+// written a number; bound by memory.
 #include "rows.cuh"
 
 namespace {
 
+template <class T>
 struct EmbedParams {
-  const bf16* table;
+  const T* table;
   const uint32_t* ids;
   const int32_t* from;
   const uint32_t* sampled;
@@ -20,9 +21,8 @@ struct EmbedParams {
   float scale;
 };
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kRowThreads) embed(const __grid_constant__ EmbedParams p) {
+template <class T>
+__device__ __forceinline__ void embed(const EmbedParams<T>& p) {
   const size_t row = blockIdx.x;
   const int32_t from = p.from[row];
   const size_t id = from < 0 ? p.ids[row] : p.sampled[from];
@@ -34,4 +34,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) embed(const __grid_con
     store_eight(p.out + row * p.size + i, x);
   }
 }
-EMU_KERNEL(embed)
+
+}  // namespace
+
+KERNELS(embed, EmbedParams, kRowThreads)

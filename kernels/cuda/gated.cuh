@@ -1,19 +1,20 @@
 // The body of silu_mul and gelu_mul: out = activation(gate) * up, where a row holds all gates, then all ups.
 //
-// Shapes: gate_up bf16 [rows, 2, size]; out bf16 [rows, size], or e4m3 with a scale for the row.
+// Shapes: gate_up T [rows, 2, size]; out T [rows, size], or e4m3 with a scale for the row; T is bf16 or f16.
 // Grid: a block a row. Bytes: 4 read and 2 (or 1) written a number of `out`; bound by memory.
 #pragma once
 #include "rows.cuh"
 
+template <class T>
 struct GatedParams {
-  const bf16* gate_up;
-  void* out;         // bf16, or e4m3 where out_scale is given
+  const T* gate_up;
+  void* out;         // T, or e4m3 where out_scale is given
   float* out_scale;  // [rows]
   uint32_t size;
 };
 
-template <class F>
-__device__ __forceinline__ Eight gated_eight(const bf16* row, uint32_t size, uint32_t i, F activation) {
+template <class T, class F>
+__device__ __forceinline__ Eight gated_eight(const T* row, uint32_t size, uint32_t i, F activation) {
   Eight gate = load_eight(row + i);
   const Eight up = load_eight(row + size + i);
 #pragma unroll
@@ -22,9 +23,9 @@ __device__ __forceinline__ Eight gated_eight(const bf16* row, uint32_t size, uin
   return gate;
 }
 
-template <class F>
-__device__ __forceinline__ void gated(const GatedParams& p, float* parts, F activation) {
-  const bf16* row = p.gate_up + (size_t)blockIdx.x * 2 * p.size;
+template <class T, class F>
+__device__ __forceinline__ void gated(const GatedParams<T>& p, float* parts, F activation) {
+  const T* row = p.gate_up + (size_t)blockIdx.x * 2 * p.size;
   float scale = 1;
   if (p.out_scale) {
     float largest = 0;
@@ -48,7 +49,7 @@ __device__ __forceinline__ void gated(const GatedParams& p, float* parts, F acti
         x.x[j] *= scale;
       store_eight((e4m3*)p.out + at, x);
     } else {
-      store_eight((bf16*)p.out + at, x);
+      store_eight((T*)p.out + at, x);
     }
   }
 }

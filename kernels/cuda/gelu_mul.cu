@@ -11,10 +11,12 @@ struct Gelu {
   }
 };
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kRowThreads) gelu_mul(const __grid_constant__ GatedParams p) {
+template <class T>
+__device__ __forceinline__ void gelu_mul(const GatedParams<T>& p) {
   DYN_SHARED(float, parts);
   gated(p, parts, Gelu());
 }
-EMU_KERNEL(gelu_mul)
+
+}  // namespace
+
+KERNELS(gelu_mul, GatedParams, kRowThreads)

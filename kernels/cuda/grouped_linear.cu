@@ -1,6 +1,6 @@
 // Matrix products with the weights of each route's expert: out[route] = weight[expert] x[row of the route].
 //
-// Shapes: x bf16 [rows, k], weight bf16 [num_experts, n, k], out bf16 [routes, n]; routes of expert e are
+// Shapes: x T [rows, k], weight T [num_experts, n, k], out T [routes, n], bf16 or f16; routes of expert e are
 // those from indptr[e] to indptr[e + 1], all on the device; rows_of u32 [routes], or null where route i reads
 // row i. k is a multiple of 8.
 //
@@ -19,16 +19,18 @@ constexpr int kThreads = 128;  // 2 x 2 warps of 32 x 32
 constexpr int kTile = 64;      // routes, columns and numbers of k
 constexpr int kStages = 3;
 
+template <class T>
 struct GroupedLinearParams {
-  const bf16 *x, *weight;
-  bf16* out;
+  const T *x, *weight;
+  T* out;
   const uint32_t *indptr, *rows_of;
   uint32_t num_experts, n, k;
 };
 
 // Rows of 128 bytes, whose pieces of 16 are swizzled by the row.
+template <class T>
 struct Stage {
-  bf16 x[kTile * kTile], weight[kTile * kTile];
+  T x[kTile * kTile], weight[kTile * kTile];
 };
 
 // Which expert's routes a block has, from `first` on; no expert is ~0.
@@ -37,20 +39,23 @@ struct Tile {
 };
 
 // As much as blocks have unasked.
+template <class T>
 union Shared {
-  Stage stages[kStages];
+  Stage<T> stages[kStages];
   struct {
     Tile tile;
     uint32_t parts[kThreads / 32];
   };
 };
 
-__device__ __forceinline__ bf16* piece(bf16* tile, uint32_t row, uint32_t column) {
+template <class T>
+__device__ __forceinline__ T* piece(T* tile, uint32_t row, uint32_t column) {
   return tile + row * kTile + ((column ^ (row & 7)) * 8);
 }
 
 // Counts the tiles of all experts before this block's; the same in every thread.
-__device__ Tile find_tile(const GroupedLinearParams& p, Shared& shared) {
+template <class T>
+__device__ Tile find_tile(const GroupedLinearParams<T>& p, Shared<T>& shared) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32_t tiles_before = 0;
   if (threadIdx.x == 0)
@@ -85,21 +90,19 @@ __device__ Tile find_tile(const GroupedLinearParams& p, Shared& shared) {
   return tile;
 }
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kThreads)
-    grouped_linear(const __grid_constant__ GroupedLinearParams p) {
-  DYN_SHARED(Shared, shared);
+template <class T>
+__device__ __forceinline__ void grouped_linear(const GroupedLinearParams<T>& p) {
+  DYN_SHARED(Shared<T>, shared);
   const Tile tile = find_tile(p, *shared);
   if (tile.expert == ~0u)
     return;
   const uint32_t first = tile.first, end = p.indptr[tile.expert + 1];
   const uint32_t first_column = blockIdx.x * kTile;
-  const bf16* weight = p.weight + (size_t)tile.expert * p.n * p.k;
+  const T* weight = p.weight + (size_t)tile.expert * p.n * p.k;
   // A thread copies the same piece of 16 bytes of every 16th row.
   const uint32_t column = threadIdx.x % 8;
-  const bf16* x_rows[4];
-  const bf16* weight_rows[4];
+  const T* x_rows[4];
+  const T* weight_rows[4];
   bool has_x[4], has_weight[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -113,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const uint32_t steps = (p.k + kTile - 1) / kTile;
   auto load = [&](uint32_t step) {
     if (step < steps) {
-      Stage& stage = shared->stages[step % kStages];
+      Stage<T>& stage = shared->stages[step % kStages];
       const bool has_k = step * kTile + column * 8 < p.k;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -133,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     cp_async_wait<kStages - 2>();
     __syncthreads();  // this step is loaded by all, and the one before is read by all
     load(step + kStages - 1);
-    Stage& stage = shared->stages[step % kStages];
+    Stage<T>& stage = shared->stages[step % kStages];
 #pragma unroll
     for (uint32_t k = 0; k < kTile / 16; k++) {
       uint32_t a[2][4], b[2][4];
@@ -147,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
-          mma_bf16(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          mma<T>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
   cp_async_wait<0>();
@@ -161,12 +164,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const uint32_t n = first_column + warp_column + j * 8 + lane % 4 * 2;
-        bf16* out = p.out + (size_t)route * p.n + n;
+        T* out = p.out + (size_t)route * p.n + n;
         if (n < p.n)
-          out[0] = to_bf16(sums[i][j][half * 2]);
+          out[0] = from_float<T>(sums[i][j][half * 2]);
         if (n + 1 < p.n)
-          out[1] = to_bf16(sums[i][j][half * 2 + 1]);
+          out[1] = from_float<T>(sums[i][j][half * 2 + 1]);
       }
     }
 }
-EMU_KERNEL(grouped_linear)
+
+}  // namespace
+
+KERNELS(grouped_linear, GroupedLinearParams, kThreads)

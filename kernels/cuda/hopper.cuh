@@ -31,6 +31,7 @@ struct Wg {
   const uint32_t* regs;  // A, where not in shared memory
   int n;
   bool tb, acc;
+  void (*run)(const Wg&);  // for the type that is multiplied
 };
 struct WgQueue {
   std::vector<Wg> open;
@@ -61,7 +62,8 @@ inline void run_tma(const Tma& t) {  // rows of 128 bytes, out of range is zero
   t.b->tx -= t.m->box[0] * t.m->box[1] * t.m->elem;
   settle(t.b);
 }
-inline float desc_at(uint64_t d, int mn, int k, bool mn_major) {  // canonical 128-byte-swizzled layouts
+template <class T>
+float desc_at(uint64_t d, int mn, int k, bool mn_major) {  // canonical 128-byte-swizzled layouts
   if (d >> 62 != 1)
     die("wgmma: only the 128-byte swizzle is emulated");
   uint64_t lbo = (d >> 16 & 0x3fff) * 16, sbo = (d >> 32 & 0x3fff) * 16, off = (d & 0x3fff) * 16;
@@ -69,12 +71,13 @@ inline float desc_at(uint64_t d, int mn, int k, bool mn_major) {  // canonical 1
                   : (mn % 8) * 128 + mn / 8 * sbo + k * 2;
   if (off + 2 > blk->smem_bytes)
     die("wgmma: descriptor reaches past shared memory");
-  bf16 v;
+  T v;
   memcpy(&v, swz(blk->smem + off), 2);
   return to_float(v);
 }
 // A product as its warp sees it: operands are read only now.
-inline void run_wgmma(const Wg& o) {
+template <class T>
+void run_wgmma(const Wg& o) {
   struct R {
     uint32_t v[4];
   };
@@ -87,13 +90,15 @@ inline void run_wgmma(const Wg& o) {
   for (int r = 0; r < 2; r++)
     for (int k = 0; k < 16; k++) {
       uint32_t pair = g[l / 4 * 4 + k % 8 / 2].v[r + k / 8 * 2];
-      a[r][k] = !o.regs ? desc_at(o.a, w * 16 + l / 4 + r * 8, k, false) : k & 1 ? hi_of(pair) : lo_of(pair);
+      a[r][k] = !o.regs ? desc_at<T>(o.a, w * 16 + l / 4 + r * 8, k, false)
+                : k & 1 ? hi_of<T>(pair)
+                        : lo_of<T>(pair);
     }
   for (int col = 0; col < o.n; col++) {
     if (col % 8 / 2 != l % 4)
       continue;
     for (int k = 0; k < 16; k++)
-      b[k] = desc_at(o.b, col, k, o.tb);
+      b[k] = desc_at<T>(o.b, col, k, o.tb);
     for (int r = 0; r < 2; r++) {
       float& d = o.d[col / 8][r * 2 + col % 2];
       float s = o.acc ? d : 0;
@@ -103,11 +108,11 @@ inline void run_wgmma(const Wg& o) {
     }
   }
 }
-inline void queue_wgmma(float (*d)[4], uint64_t a, const uint32_t* regs, uint64_t b, int n, bool tb,
-                        int acc) {
+template <class T>
+void queue_wgmma(float (*d)[4], uint64_t a, const uint32_t* regs, uint64_t b, int n, bool tb, int acc) {
   gather<int>(~0u, 20, 0);
   memset(d, 0xff, acc ? 0 : n / 8 * 16);  // unknown until waited for
-  wgs[cur->lin].open.push_back({d, a, b, regs, n, tb, acc != 0});
+  wgs[cur->lin].open.push_back({d, a, b, regs, n, tb, acc != 0, run_wgmma<T>});
 }
 }  // namespace emu
 #endif
@@ -229,7 +234,7 @@ __device__ __forceinline__ void wgmma_wait() {
   auto& groups = emu::wgs[emu::cur->lin].groups;
   while ((int)groups.size() > N) {
     for (auto& o : groups[0])
-      emu::run_wgmma(o);
+      o.run(o);
     groups.erase(groups.begin());
   }
 #endif
@@ -254,35 +259,36 @@ __device__ __forceinline__ void wgmma_hold(float (&c)[N][4]) {
   "57,"                                                                                                    \
   "%58,%59,%60,%61,%62,%63"
 // D[64,128] (+)= A[64,16] B[16,128], both from shared memory and K-major.
+template <class T>
 __device__ __forceinline__ void wgmma_64x128(float (&c)[16][4], uint64_t a, uint64_t b, int acc) {
 #ifdef __CUDACC__
-  asm volatile(
+  ASM_OF_T(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " WGMMA_D64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-      : WGMMA_R16(0), WGMMA_R16(4), WGMMA_R16(8), WGMMA_R16(12)
-      : "l"(a), "l"(b), "r"(acc));
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.",
+      " " WGMMA_D64 "}, %64, %65, p, 1, 1, 0, 0;\n}" : WGMMA_R16(0), WGMMA_R16(4), WGMMA_R16(8),
+      WGMMA_R16(12) : "l"(a), "l"(b), "r"(acc));
 #else
-  emu::queue_wgmma(c, a, nullptr, b, 128, false, acc);
+  emu::queue_wgmma<T>(c, a, nullptr, b, 128, false, acc);
 #endif
 }
-// D[64,N] += A[64,16] B[16,N]: A from registers, as mma_bf16 has it; B from shared memory, MN-major.
+// D[64,N] += A[64,16] B[16,N]: A from registers, as `mma` has it; B from shared memory, MN-major.
+template <class T>
 __device__ __forceinline__ void wgmma_add(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
 #ifdef __CUDACC__
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " WGMMA_D64
-               "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-               : WGMMA_R16(0), WGMMA_R16(4), WGMMA_R16(8), WGMMA_R16(12)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  ASM_OF_T("wgmma.mma_async.sync.aligned.m64n128k16.f32.",
+           " " WGMMA_D64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;" : WGMMA_R16(0), WGMMA_R16(4), WGMMA_R16(8),
+           WGMMA_R16(12) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #else
-  emu::queue_wgmma(c, 0, a, b, 128, true, 1);
+  emu::queue_wgmma<T>(c, 0, a, b, 128, true, 1);
 #endif
 }
+template <class T>
 __device__ __forceinline__ void wgmma_add(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
 #ifdef __CUDACC__
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_D32
-               "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-               : WGMMA_R16(0), WGMMA_R16(4)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  ASM_OF_T("wgmma.mma_async.sync.aligned.m64n64k16.f32.",
+           " " WGMMA_D32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;" : WGMMA_R16(0), WGMMA_R16(4) : "r"(a[0]),
+           "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #else
-  emu::queue_wgmma(c, 0, a, b, 64, true, 1);
+  emu::queue_wgmma<T>(c, 0, a, b, 64, true, 1);
 #endif
 }

@@ -70,25 +70,33 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
                  : g[m * 8 + l / 4][2 * (l % 4)] | (uint32_t)g[m * 8 + l / 4][2 * (l % 4) + 1] << 16;
 #endif
 }
-// D[16,8] += A[16,16] B[16,8], bf16 in, fp32 accumulate.
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// An instruction whose name is `before`, then T for both operands, then what follows.
+#define ASM_OF_T(before, ...)                       \
+  do                                                \
+    if constexpr (is_f16<T>)                        \
+      asm volatile(before "f16.f16" __VA_ARGS__);   \
+    else                                            \
+      asm volatile(before "bf16.bf16" __VA_ARGS__); \
+  while (0)
+
+// D[16,8] += A[16,16] B[16,8], T in, fp32 accumulate.
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  ASM_OF_T("mma.sync.aligned.m16n8k16.row.col.f32.",
+           ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]),
+           "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   struct R {
     uint32_t v[6];
   };
   auto g = emu::gather(~0u, 18, R{{a[0], a[1], a[2], a[3], b0, b1}});
   int l = emu::lane();
-  auto bf = [](uint32_t w, int h) { return h ? hi_of(w) : lo_of(w); };
+  auto of = [](uint32_t w, int h) { return h ? hi_of<T>(w) : lo_of<T>(w); };
   for (int k = 0; k < 16; k++) {  // a: rows l/4, l/4+8; k pairs at 2*(lane%4), +8
     int q = k % 8 / 2, h = k & 1, hi = k / 8;
-    float a0 = bf(g[l / 4 * 4 + q].v[2 * hi], h), a1 = bf(g[l / 4 * 4 + q].v[2 * hi + 1], h);
-    float x0 = bf(g[(l % 4 * 2) * 4 + q].v[4 + hi], h), x1 = bf(g[(l % 4 * 2 + 1) * 4 + q].v[4 + hi], h);
+    float a0 = of(g[l / 4 * 4 + q].v[2 * hi], h), a1 = of(g[l / 4 * 4 + q].v[2 * hi + 1], h);
+    float x0 = of(g[(l % 4 * 2) * 4 + q].v[4 + hi], h), x1 = of(g[(l % 4 * 2 + 1) * 4 + q].v[4 + hi], h);
     c[0] += a0 * x0;
     c[1] += a0 * x1;
     c[2] += a1 * x0;
@@ -127,23 +135,30 @@ __device__ __forceinline__ float reciprocal(float x) {
   return 1 / x;
 #endif
 }
-// Four e4m3 numbers as bf16, exactly. A NaN becomes 480; the emulation keeps it, so that tests see it.
+// Four e4m3 numbers as T, exactly. A NaN becomes 480; the emulation keeps it, so that tests see it.
+template <class T>
 __device__ __forceinline__ uint2 widen_e4m3(uint32_t four) {
 #ifdef __CUDACC__
-  // Exponent and mantissa stand in the place of a bf16's; the product moves the bias, also of subnormal
-  // numbers.
+  // Exponent and mantissa stand in the place of a T's; the product moves the bias, also of subnormal numbers.
+  // It is a sum with -0, as sm_80 has no other of bf16.
   uint2 pairs;
-  asm("{\n.reg .b32 a, b, s, t;\n"
-      "prmt.b32 a, %2, 0, 0x1404;\nprmt.b32 b, %2, 0, 0x3424;\n"
-      "and.b32 s, a, 0x80008000;\nand.b32 t, b, 0x80008000;\n"
-      "shr.u32 a, a, 4;\nshr.u32 b, b, 4;\n"
-      "lop3.b32 a, a, 0x07f007f0, s, 0xea;\nlop3.b32 b, b, 0x07f007f0, t, 0xea;\n"
-      "fma.rn.bf16x2 %0, a, %3, %4;\nfma.rn.bf16x2 %1, b, %3, %4;\n}"
-      : "=r"(pairs.x), "=r"(pairs.y)
-      : "r"(four), "r"(0x7b807b80), "r"(0x80008000));
+#define WIDEN(type, shift, mask, factor)                                  \
+  asm("{\n.reg .b32 a, b, s, t;\n"                                        \
+      "prmt.b32 a, %2, 0, 0x1404;\nprmt.b32 b, %2, 0, 0x3424;\n"          \
+      "and.b32 s, a, 0x80008000;\nand.b32 t, b, 0x80008000;\n"            \
+      "shr.u32 a, a, %5;\nshr.u32 b, b, %5;\n"                            \
+      "lop3.b32 a, a, %6, s, 0xea;\nlop3.b32 b, b, %6, t, 0xea;\n"        \
+      "fma.rn." type " %0, a, %3, %4;\nfma.rn." type " %1, b, %3, %4;\n}" \
+      : "=r"(pairs.x), "=r"(pairs.y)                                      \
+      : "r"(four), "r"(factor), "r"(0x80008000), "n"(shift), "n"(mask))
+  if constexpr (is_f16<T>)
+    WIDEN("f16x2", 1, 0x3f803f80, 0x5c005c00);
+  else
+    WIDEN("bf16x2", 4, 0x07f007f0, 0x7b807b80);
+#undef WIDEN
   return pairs;
 #else
   auto number = [&](int i) { return to_float(e4m3{(uint8_t)(four >> 8 * i)}); };
-  return {pack_bf16(number(0), number(1)), pack_bf16(number(2), number(3))};
+  return {pack<T>(number(0), number(1)), pack<T>(number(2), number(3))};
 #endif
 }

@@ -1,21 +1,21 @@
 // Rounds rows to e4m3, each with a scale that lets its largest number be e4m3's largest.
 //
-// Shapes: x bf16 [rows, size], out e4m3 [rows, size], out_scale f32 [rows]. Grid: a block a row.
-// Bytes: 2 read and 1 written a number; bound by memory.
+// Shapes: x T [rows, size], out e4m3 [rows, size], out_scale f32 [rows]; T is bf16 or f16. Grid: a block a
+// row. Bytes: 2 read and 1 written a number; bound by memory.
 #include "rows.cuh"
 
 namespace {
 
+template <class T>
 struct QuantizeParams {
-  const bf16* x;
+  const T* x;
   e4m3* out;
   float* out_scale;
   uint32_t size;
 };
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kRowThreads) quantize(const __grid_constant__ QuantizeParams p) {
+template <class T>
+__device__ __forceinline__ void quantize(const QuantizeParams<T>& p) {
   DYN_SHARED(float, parts);
   const size_t first = (size_t)blockIdx.x * p.size;
   float largest = 0;
@@ -36,4 +36,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) quantize(const __grid_
     store_eight(p.out + first + i, x);
   }
 }
-EMU_KERNEL(quantize)
+
+}  // namespace
+
+KERNELS(quantize, QuantizeParams, kRowThreads)

@@ -1,33 +1,33 @@
 // Adds a part's output to the residual stream and normalizes the sum for the next part.
 //
 //   residual[row] += post_norm ? norm(delta[row]) * post_norm : delta[row]
-//   out[row] = norm(residual[row]) * weight                      bf16, or e4m3 with a scale for the row
+//   out[row] = norm(residual[row]) * weight                      T, or e4m3 with a scale for the row
 //
-// Shapes: residual f32 [rows, size], delta bf16 [rows, size] or null, weight and post_norm f32 [size]. With
-// `rows_of`, row i of `out` comes from row rows_of[i] of the stream, which is only read then. Grid: a block a
-// row. Bytes: 4 + 2 read and 4 + 2 written a number; bound by memory. The second look at a row finds it in
-// the L1 cache.
+// Shapes: residual f32 [rows, size], delta T [rows, size] or null, weight and post_norm f32 [size]; T is bf16
+// or f16. With `rows_of`, row i of `out` comes from row rows_of[i] of the stream, which is only read then.
+// Grid: a block a row. Bytes: 4 + 2 read and 4 + 2 written a number; bound by memory. The second look at a
+// row finds it in the L1 cache.
 #include "rows.cuh"
 
 namespace {
 
+template <class T>
 struct RmsNormParams {
   float* residual;
-  const bf16* delta;
+  const T* delta;
   const float *weight, *post_norm;
-  void* out;         // bf16, or e4m3 where out_scale is given
+  void* out;         // T, or e4m3 where out_scale is given
   float* out_scale;  // [rows]
   uint32_t size;
   float epsilon;
 };
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kRowThreads) rms_norm(const __grid_constant__ RmsNormParams p) {
+template <class T>
+__device__ __forceinline__ void rms_norm(const RmsNormParams<T>& p) {
   DYN_SHARED(float, parts);
   const size_t row = blockIdx.x;
   float* residual = p.residual + row * p.size;
-  const bf16* delta = p.delta ? p.delta + row * p.size : nullptr;
+  const T* delta = p.delta ? p.delta + row * p.size : nullptr;
   float delta_scale = 1;
   if (delta && p.post_norm) {
     float squares = 0;
@@ -81,7 +81,10 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) rms_norm(const __grid_
     if (p.out_scale)
       store_eight((e4m3*)p.out + at, x);
     else
-      store_eight((bf16*)p.out + at, x);
+      store_eight((T*)p.out + at, x);
   }
 }
-EMU_KERNEL(rms_norm)
+
+}  // namespace
+
+KERNELS(rms_norm, RmsNormParams, kRowThreads)

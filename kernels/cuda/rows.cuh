@@ -16,9 +16,12 @@ __device__ __forceinline__ Eight load_eight(const float* p) {
   return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 
-__device__ __forceinline__ Eight load_eight(const bf16* p) {
+template <class T>
+__device__ __forceinline__ Eight load_eight(const T* p) {
+  static_assert(sizeof(T) == 2);
   const uint4 v = *(const uint4*)p;
-  return {{lo_of(v.x), hi_of(v.x), lo_of(v.y), hi_of(v.y), lo_of(v.z), hi_of(v.z), lo_of(v.w), hi_of(v.w)}};
+  return {{lo_of<T>(v.x), hi_of<T>(v.x), lo_of<T>(v.y), hi_of<T>(v.y), lo_of<T>(v.z), hi_of<T>(v.z),
+           lo_of<T>(v.w), hi_of<T>(v.w)}};
 }
 
 __device__ __forceinline__ void store_eight(float* p, const Eight& v) {
@@ -26,9 +29,11 @@ __device__ __forceinline__ void store_eight(float* p, const Eight& v) {
   ((float4*)p)[1] = make_float4(v.x[4], v.x[5], v.x[6], v.x[7]);
 }
 
-__device__ __forceinline__ void store_eight(bf16* p, const Eight& v) {
-  *(uint4*)p = make_uint4(pack_bf16(v.x[0], v.x[1]), pack_bf16(v.x[2], v.x[3]), pack_bf16(v.x[4], v.x[5]),
-                          pack_bf16(v.x[6], v.x[7]));
+template <class T>
+__device__ __forceinline__ void store_eight(T* p, const Eight& v) {
+  static_assert(sizeof(T) == 2);
+  *(uint4*)p = make_uint4(pack<T>(v.x[0], v.x[1]), pack<T>(v.x[2], v.x[3]), pack<T>(v.x[4], v.x[5]),
+                          pack<T>(v.x[6], v.x[7]));
 }
 
 __device__ __forceinline__ void store_eight(e4m3* p, const Eight& v) {

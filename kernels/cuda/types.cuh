@@ -1,4 +1,4 @@
-// What every kernel builds on: integer types, bf16 and e4m3 numbers, shared memory.
+// What every kernel builds on: integer types, bf16, f16 and e4m3 numbers, shared memory.
 //
 // Compiled three ways: by nvcc ahead of time, by NVRTC at run time (so nothing of CUDA's own headers is
 // included), and by a C++ compiler over the emulation, where each wrapper of an instruction has its meaning
@@ -30,9 +30,25 @@ typedef unsigned long long uintptr_t;
 #include "emu.h"
 #endif
 
+// The two kinds of 16-bit floats. What is the same for both is a template of T, one of them.
 struct bf16 {
   uint16_t bits;
 };
+struct f16 {
+  uint16_t bits;
+};
+template <class T>
+constexpr bool is_f16 = false;
+template <>
+constexpr bool is_f16<f16> = true;
+
+// Makes a kernel `name_T` for blocks of `threads` of the template `name`, which takes a struct Params<T>.
+#define KERNEL(name, T, Params, threads)                                                                  \
+  extern "C" __global__ void __launch_bounds__(threads) name##_##T(const __grid_constant__ Params<T> p) { \
+    name(p);                                                                                              \
+  }                                                                                                       \
+  EMU_KERNEL(name##_##T)
+#define KERNELS(name, Params, threads) KERNEL(name, bf16, Params, threads) KERNEL(name, f16, Params, threads)
 
 // Eight-bit floats with 4 bits of exponent and 3 of mantissa: no infinity, up to 448.
 struct e4m3 {
@@ -43,6 +59,20 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float to_float(bf16 x) {
   return __uint_as_float((uint32_t)x.bits << 16);
+}
+__device__ __forceinline__ float to_float(f16 x) {
+#ifdef __CUDACC__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  // Exponent and mantissa stand in the place of a float's; the product moves the bias, also of subnormal
+  // numbers. That of infinity and NaN stays the largest.
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, magnitude = (uint32_t)(x.bits & 0x7fff) << 13;
+  if (magnitude >= 0x7c00 << 13)
+    return __uint_as_float(sign | 0x7f800000u | magnitude);
+  return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude) * __uint_as_float(0x77800000u)));
+#endif
 }
 __device__ __forceinline__ float to_float(float x) {
   return x;
@@ -57,8 +87,15 @@ __device__ __forceinline__ float to_float(e4m3 x) {
   return x.bits & 0x80 ? -magnitude : magnitude;
 }
 
-// Rounds to the nearest, ties to even; NaN stays NaN.
-__device__ __forceinline__ bf16 to_bf16(float x) {
+// Rounds to the nearest, ties to even; what is beyond the largest number becomes infinity, NaN stays NaN.
+template <class T>
+__device__ T from_float(float x) = delete;
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
 #ifdef __CUDACC__
   bf16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
@@ -70,23 +107,55 @@ __device__ __forceinline__ bf16 to_bf16(float x) {
   return {(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 #endif
 }
-
-// Two numbers in a register, the first in the low half.
-__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float x) {
 #ifdef __CUDACC__
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
+  f16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
 #else
-  return to_bf16(lo).bits | (uint32_t)to_bf16(hi).bits << 16;
+  uint32_t u = __float_as_uint(x);
+  const uint16_t sign = u >> 16 & 0x8000;
+  const float magnitude = fabsf(x);
+  if (x != x)
+    return {0x7fff};
+  if (magnitude >= 65520.0f)  // half a step beyond the largest number
+    return {(uint16_t)(sign | 0x7c00)};
+  if (magnitude < 0.00006103515625f)  // subnormal: steps of 2^-24
+    return {(uint16_t)(sign | (uint16_t)rintf(magnitude * 16777216.0f))};
+  u = (u & 0x7fffffff) + 0xfff + (u >> 13 & 1);
+  return {(uint16_t)(sign | ((u >> 13) - (112 << 10)))};
 #endif
 }
 
-__device__ __forceinline__ float lo_of(uint32_t pair) {
-  return __uint_as_float(pair << 16);
+// Two numbers in a register, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float lo, float hi) {
+#ifdef __CUDACC__
+  uint32_t r;
+  if constexpr (is_f16<T>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+#else
+  return from_float<T>(lo).bits | (uint32_t)from_float<T>(hi).bits << 16;
+#endif
 }
+
+template <class T>
+__device__ __forceinline__ float lo_of(uint32_t pair) {
+  if constexpr (is_f16<T>)
+    return to_float(f16{(uint16_t)pair});
+  else
+    return __uint_as_float(pair << 16);
+}
+template <class T>
 __device__ __forceinline__ float hi_of(uint32_t pair) {
-  return __uint_as_float(pair & 0xffff0000u);
+  if constexpr (is_f16<T>)
+    return to_float(f16{(uint16_t)(pair >> 16)});
+  else
+    return __uint_as_float(pair & 0xffff0000u);
 }
 
 // Rounds to the nearest, ties to even; what is beyond 448 becomes 448, NaN stays NaN.

@@ -297,7 +297,7 @@ API int cuTensorMapEncodeTiled(void* out, int type, unsigned rank, char* base, c
   return memcpy(out, &map, sizeof map), OK;
 }
 
-// cuBLASLt. Types: 0 f32, 14 bf16, 28 e4m3.
+// cuBLASLt. Types: 0 f32, 2 f16, 14 bf16, 28 e4m3.
 #define BLAS_ENTER                                   \
   std::lock_guard<std::recursive_mutex> lock(mutex); \
   if (!current)                                      \
@@ -333,7 +333,9 @@ bool knows(const Product* product, const Layout* a, const Layout* b, const Layou
          b->columns == d->columns && (!scales || d->type == 14);
 }
 float number(const void* from, int type, uint64_t i) {
-  return type == 14 ? to_float(((const bf16*)from)[i]) : to_float(((const e4m3*)from)[i]);
+  return type == 14  ? to_float(((const bf16*)from)[i])
+         : type == 2 ? to_float(((const f16*)from)[i])
+                     : to_float(((const e4m3*)from)[i]);
 }
 int set(std::map<int, uint64_t>& attributes, int key, const void* value, size_t bytes) {
   uint64_t number = 0;
@@ -406,13 +408,14 @@ API int cublasLtMatmul(void* handle, Product* product, const float* alpha, const
   BLAS_ENTER Found found;
   if (cublasLtMatmulAlgoCheck(handle, product, a_layout, b_layout, d_layout, d_layout, algorithm, &found))
     return BAD_VALUE;
-  if (*alpha != 1 || *beta != 0 || !within(memory, workspace, workspace_bytes))
+  if (*beta != 0 || !within(memory, workspace, workspace_bytes))
     return BAD_VALUE;
   const uint64_t m = d_layout->columns, n = d_layout->rows, k = a_layout->rows;
   const int type = a_layout->type, out_type = d_layout->type;
   const bool is_scaled = product->attributes[MODE_A] == 3;
   const float* a_scale = is_scaled ? (const float*)product->attributes[SCALE_A] : nullptr;
   const float* b_scale = is_scaled ? (const float*)product->attributes[SCALE_B] : nullptr;
+  const float factor = *alpha;
   const int64_t a_stride = a_layout->stride, b_stride = b_layout->stride, d_stride = d_layout->stride;
   return push(stream, [=] {
     for (uint64_t row = 0; row < m; row++)
@@ -420,11 +423,14 @@ API int cublasLtMatmul(void* handle, Product* product, const float* alpha, const
         float sum = 0;
         for (uint64_t i = 0; i < k; i++)
           sum += number(b, type, row * b_stride + i) * number(a, type, column * a_stride + i);
+        sum *= factor;
         if (is_scaled)
           sum *= b_scale[row] * a_scale[column];
         const uint64_t at = row * d_stride + column;
         if (out_type == 14)
-          ((bf16*)d)[at] = to_bf16(sum);
+          ((bf16*)d)[at] = from_float<bf16>(sum);
+        else if (out_type == 2)
+          ((f16*)d)[at] = from_float<f16>(sum);
         else
           ((float*)d)[at] = sum;
       }

@@ -2,10 +2,11 @@
 //!
 //! A [`Device`](device::Device) has memory and runs kernels in order. There are two: a CUDA device through its driver,
 //! and one that runs the same sources on the CPU, for tests. Everything above them (page tables, work plans,
-//! parameters, graphs) is the same code on both. Activations are bf16, the residual stream, logits and sums f32.
+//! parameters, graphs) is the same code on both. Activations are bf16 or f16, the residual stream, logits and sums f32.
 
 mod cuda;
 mod device;
+mod half_vec;
 mod image;
 mod memory;
 mod model;
@@ -27,6 +28,7 @@ use self::cuda::CudaDevice;
 pub use self::cuda::CudaError;
 pub use self::device::DeviceError;
 use self::device::{Device, DeviceMemory};
+pub use self::half_vec::HalfDtype;
 pub use self::model::{GpuModel, GpuModelConfig, KvMemory};
 pub use self::ops::KvDtype;
 pub use self::weights::{GpuOptions, GpuWeights, WeightDtype};
@@ -70,6 +72,8 @@ pub enum GpuError {
          free, which is room for {fits}"
     )]
     KvCache { wanted: u32, fits: u32, page_bytes: u64, free: u64, total: u64 },
+    #[error("the activations of Gemma go beyond what float16 holds; they are computed in bfloat16")]
+    NeedsRange,
     #[error("mixtures of experts are not computed with weights of 8 bits")]
     RoundedExperts,
 }

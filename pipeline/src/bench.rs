@@ -67,9 +67,9 @@ pub struct EngineArgs {
     /// On a GPU: the numbers of weights
     #[arg(long, default_value = "bf16")]
     dtype: gpu::Dtype,
-    /// On a GPU: the numbers of keys and values
-    #[arg(long, default_value = "bf16")]
-    kv_cache_dtype: gpu::Dtype,
+    /// On a GPU: the numbers of keys and values, those that the model computes in or fp8
+    #[arg(long, default_value = "auto")]
+    kv_cache_dtype: gpu::KvDtype,
     /// On a GPU: answers do not depend on the batch
     #[arg(long)]
     deterministic: bool,

@@ -156,8 +156,30 @@ pub struct EngineSpec {
     pub gpu_memory_utilization: Option<Spanned<f64>>,
     /// Answers do not depend on what else is in the batch; on a CPU they never do.
     pub deterministic: Option<bool>,
+    pub dtype: Option<Spanned<Dtype>>,
     pub quantization: Option<Spanned<Quantization>>,
     pub kv_cache_dtype: Option<Spanned<KvCacheDtype>>,
+}
+
+/// Numbers that a model computes in on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// float16 where the weights are stored so, else bfloat16.
+    #[default]
+    Auto,
+    Bfloat16,
+    Float16,
+}
+
+impl Dtype {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Bfloat16 => "bfloat16",
+            Self::Float16 => "float16",
+        }
+    }
 }
 
 /// What weights are rounded to when they are loaded.
@@ -172,7 +194,7 @@ pub enum Quantization {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KvCacheDtype {
-    /// The device's own: bf16 on a GPU.
+    /// The device's own: on a GPU, those that the model computes in.
     #[default]
     Auto,
     /// e4m3.

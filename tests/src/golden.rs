@@ -18,6 +18,8 @@ pub const REFERENCE_TOLERANCE: f64 = 1e-3;
 pub const FAST_TOLERANCE: f64 = 0.1;
 /// Activations, keys and values keep 8 bits of mantissa between the ops.
 pub const BF16_TOLERANCE: f64 = 0.05;
+/// The same with 11 bits.
+pub const F16_TOLERANCE: f64 = 0.005;
 
 /// Tokens of the largest step on a GPU.
 const MAX_GPU_TOKENS: u32 = 8192;

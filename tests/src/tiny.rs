@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use half::f16;
 use serde_json::{Value, json};
 
 use crate::workspace;
@@ -58,7 +59,28 @@ pub fn write_weights(folder: &Path, vocab_size: usize) {
         let entry = json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, data.len()] });
         header.insert(name, entry);
     }
+    write_safetensors(folder, header, &data);
+}
+
+/// Rounds the weights of such a model to f16.
+pub fn store_as_f16(folder: &Path) {
+    let bytes = fs::read(folder.join("model.safetensors")).expect("a model was written");
+    let (len, rest) = bytes.split_first_chunk().expect("a length");
+    let (header, data) = rest.split_at(u64::from_le_bytes(*len) as usize);
+    let mut header: serde_json::Map<String, Value> = serde_json::from_slice(header).expect("a header");
+    for entry in header.values_mut() {
+        entry["dtype"] = json!("F16");
+        for offset in entry["data_offsets"].as_array_mut().expect("offsets") {
+            *offset = json!(offset.as_u64().expect("a number of bytes") / 2);
+        }
+    }
+    let half = |bytes: &[u8; 4]| f16::from_f32(f32::from_le_bytes(*bytes)).to_le_bytes();
+    let data: Vec<u8> = data.as_chunks().0.iter().flat_map(half).collect();
+    write_safetensors(folder, header, &data);
+}
+
+fn write_safetensors(folder: &Path, header: serde_json::Map<String, Value>, data: &[u8]) {
     let header = Value::Object(header).to_string();
-    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat();
     fs::write(folder.join("model.safetensors"), bytes).expect("a writable folder");
 }

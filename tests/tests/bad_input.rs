@@ -28,12 +28,14 @@ errors: { jsonl: { path: out/errors.jsonl }, budget: 50% }
 ";
 
 /// Keys of the engine, and what is said of them.
-const ENGINE_KEYS: [(&str, &[&str]); 11] = [
+const ENGINE_KEYS: [(&str, &[&str]); 13] = [
     ("gpu_memory_utilization: 0", &["gpu_memory_utilization is 0", "at most 1", "such as 0.9"]),
     ("gpu_memory_utilization: 1.5", &["gpu_memory_utilization is 1.5", "at most 1"]),
     ("gpu_memory_utilization: .nan", &["gpu_memory_utilization is NaN"]),
     ("gpu_memory_utilization: most", &["most"]),
     ("deterministic: maybe", &["maybe"]),
+    ("dtype: float32", &["float32", "bfloat16", "float16"]),
+    ("device: cpu, dtype: float16", &["engine.dtype is float16", "needs a GPU", "computes with int8"]),
     ("quantization: int4", &["int4", "fp8"]),
     ("kv_cache_dtype: int8", &["int8", "fp8"]),
     ("device: cpu, quantization: fp8", &["engine.quantization is fp8", "needs a GPU", "computes with int8"]),

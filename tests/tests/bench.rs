@@ -46,14 +46,20 @@ fn the_engine_is_measured_on_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
     write_model(&folder.path().join("tiny"));
     let driver = FakeDriver::new().unwrap();
-    for (dtype, only) in [("bf16", "decode, batch 4"), ("fp8", "prefill 512")] {
+    let settings = [
+        ("bf16", "auto", "bf16", "decode, batch 4"),
+        ("fp8", "fp8", "fp8", "prefill 512"),
+        ("f16", "auto", "f16", "decode, batch 4"),
+    ];
+    for (dtype, kv_cache_dtype, kv_cache, only) in settings {
         let mut command = Command::new(binary());
         driver.serve(command.current_dir(folder.path()).args(["bench", "engine", "--device", "cuda"]));
         command.args(["--model", "./tiny", "--peak-size", "64", "--repeat", "1", "--json", "gpu.json"]);
-        command.args(["--dtype", dtype, "--kv-cache-dtype", dtype, "--only", only]);
+        command.args(["--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype, "--only", only]);
         let ran = Ran(command.output().unwrap()).expect_code(0);
         let report = json(&folder.path().join("gpu.json"));
-        assert_eq!(report["device"], format!("cuda:0 (fake H100) in {dtype}"));
+        assert_eq!(report["device"], "cuda:0 (fake H100)");
+        assert_eq!((&report["weights"], &report["kv_cache"]), (&dtype.into(), &kv_cache.into()));
         for ceiling in ["bf16_tflops", "weight_tflops", "copy_gb_per_second"] {
             assert!(report["ceilings"][ceiling].as_f64().unwrap() > 0.0, "{ceiling}: {report}");
         }

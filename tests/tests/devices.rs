@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::Value;
 use tidemill_kernels::gpu::Gpu;
 use tidemill_tests::gpu::FakeDriver;
-use tidemill_tests::tiny::write_model;
+use tidemill_tests::tiny::{store_as_f16, write_model};
 use tidemill_tests::{Pipeline, Ran, default_model};
 
 fn pipeline(model: &str, engine: &str) -> Pipeline {
@@ -30,11 +30,14 @@ fn why_no_gpu() -> Option<String> {
 fn auto_takes_the_cpu_where_there_is_no_gpu_and_says_why_once() {
     let Some(why) = why_no_gpu() else { return };
     default_model();
-    let pipeline = pipeline("smollm2-135m-instruct", "device: auto, quantization: fp8, kv_cache_dtype: fp8");
+    let pipeline = pipeline(
+        "smollm2-135m-instruct",
+        "device: auto, dtype: bfloat16, quantization: fp8, kv_cache_dtype: fp8",
+    );
     let summary = pipeline.path("summary.json");
     let ran = pipeline.run(&["run", "--summary", summary.to_str().unwrap()]).expect_code(0);
     let ran = ran.expect_words(&["device: cpu; no GPU is used", &why, "quantization has no effect"]);
-    let ran = ran.expect_words(&["kv_cache_dtype has no effect"]);
+    let ran = ran.expect_words(&["note: dtype has no effect", "kv_cache_dtype has no effect"]);
     assert_eq!(ran.stderr().matches("no GPU is used").count(), 1, "{}", ran.stderr());
     let summary: Value = serde_json::from_str(&fs::read_to_string(summary).unwrap()).unwrap();
     assert_eq!(summary["device"], "cpu");
@@ -74,7 +77,7 @@ fn a_changed_number_is_another_definition() {
     pipeline.run(&["run", "--quiet"]).expect_code(0);
     pipeline.run(&["run"]).expect_code(0).expect_words(&["nothing to do"]);
     let definition = fs::read_to_string(pipeline.path("pipeline.yaml")).unwrap();
-    for other in ["kv_cache_dtype: fp8", "deterministic: true", "device: reference"] {
+    for other in ["dtype: float16", "kv_cache_dtype: fp8", "deterministic: true", "device: reference"] {
         let changed = definition.replace("quantization: fp8", other);
         fs::write(pipeline.path("pipeline.yaml"), changed).unwrap();
         pipeline.run(&["run"]).expect_code(1).expect_words(&["quantization", "--force"]);
@@ -109,6 +112,7 @@ fn a_gpu_that_is_there_is_taken_and_named() {
     let settings = [
         ("device: auto", "in bf16"),
         ("device: cuda", "in bf16"),
+        ("dtype: float16, deterministic: true", "in f16"),
         ("device: [cuda:0], deterministic: true, max_num_batched_tokens: 64, page_size: 16", "in bf16"),
         ("quantization: fp8, kv_cache_dtype: fp8, max_num_seqs: 4, kv_cache_memory: 4MiB", "in fp8"),
     ];
@@ -121,6 +125,18 @@ fn a_gpu_that_is_there_is_taken_and_named() {
         assert_eq!((rows.len(), &rows[0]["answer_output_tokens"]), (1, &2.into()), "{engine}: {rows:?}");
         let explained = gpu.run(&["explain"]).expect_code(0);
         assert!(explained.stdout().contains(&device), "{}", explained.stdout());
+    }
+}
+
+/// And a definition may ask for the other.
+#[test]
+fn a_model_stored_in_f16_is_computed_in_it() {
+    for (engine, numbers) in [("device: cuda", "in f16"), ("dtype: bfloat16", "in bf16")] {
+        let gpu = OnGpu::new(engine);
+        store_as_f16(&gpu.pipeline.path("tiny"));
+        gpu.run(&["run"]).expect_code(0).expect_words(&[numbers]);
+        let rows = gpu.pipeline.jsonl("out/results.jsonl");
+        assert_eq!((rows.len(), &rows[0]["answer_output_tokens"]), (1, &2.into()), "{engine}: {rows:?}");
     }
 }
 

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use tidemill_kernels::gpu::{Gpu, GpuOptions, GpuWeights};
+use tidemill_kernels::gpu::{Gpu, GpuOptions, GpuWeights, HalfDtype};
 use tidemill_kernels::models::Checkpoint;
-use tidemill_tests::golden::{BF16_TOLERANCE, Golden, OTHER_SCHEDULES};
+use tidemill_tests::golden::{BF16_TOLERANCE, F16_TOLERANCE, Golden, OTHER_SCHEDULES};
 use tidemill_tests::gpu::on_gpu;
 use tidemill_tests::workspace;
 
@@ -22,8 +22,9 @@ const MODELS: [(&str, bool); 6] = [
 
 const DETERMINISTIC: GpuOptions = GpuOptions {
     deterministic: true,
-    weight_dtype: tidemill_kernels::gpu::WeightDtype::Bf16,
-    kv_dtype: tidemill_kernels::gpu::KvDtype::Bf16,
+    dtype: Some(HalfDtype::Bf16),
+    weight_dtype: tidemill_kernels::gpu::WeightDtype::Half,
+    kv_dtype: tidemill_kernels::gpu::KvDtype::Half,
 };
 
 fn load(path: &std::path::Path, options: GpuOptions) -> Result<Arc<GpuWeights>> {
@@ -43,6 +44,10 @@ fn families_equal_transformers() -> Result<()> {
             let folder = workspace().join("tests/reference/tiny").join(name);
             let golden = golden(&format!("tiny/{name}/golden.json"));
             golden.check(&load(&folder, GpuOptions::default())?, BF16_TOLERANCE, name);
+            if name != "gemma3" {
+                let options = GpuOptions { dtype: Some(HalfDtype::F16), ..GpuOptions::default() };
+                golden.check(&load(&folder, options)?, F16_TOLERANCE, &format!("{name}, f16"));
+            }
             if has_gguf {
                 let weights = load(&folder.join("model.gguf"), DETERMINISTIC)?;
                 golden.check(&weights, BF16_TOLERANCE, &format!("{name}, GGUF"));
@@ -55,10 +60,11 @@ fn families_equal_transformers() -> Result<()> {
 #[test]
 fn deterministic_answers_have_the_same_bits_for_every_schedule() -> Result<()> {
     on_gpu("deterministic_answers_have_the_same_bits_for_every_schedule", || {
-        for name in ["qwen3", "gemma3"] {
+        for (name, dtype) in [("qwen3", HalfDtype::F16), ("gemma3", HalfDtype::Bf16)] {
             let folder = workspace().join("tests/reference/tiny").join(name);
             let golden = golden(&format!("tiny/{name}/golden.json"));
-            golden.check_schedules(&load(&folder, DETERMINISTIC)?, &OTHER_SCHEDULES, name);
+            let options = GpuOptions { dtype: Some(dtype), ..DETERMINISTIC };
+            golden.check_schedules(&load(&folder, options)?, &OTHER_SCHEDULES, name);
         }
         Ok(())
     })

@@ -47,6 +47,7 @@ pub(crate) struct Graph(pub(crate) u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum GemmInput {
     Bf16,
+    F16,
     /// With an f32 scale for each row of `x` and each row of `weight`.
     E4m3,
 }
@@ -55,6 +56,7 @@ pub(crate) enum GemmInput {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum GemmOutput {
     Bf16,
+    F16,
     F32,
 }
 
@@ -76,7 +78,7 @@ pub(crate) struct Gemm {
     pub(crate) batch_invariant: bool,
 }
 
-/// A matrix of bf16 from which TMA reads boxes of 64 columns, in the swizzle of 128 bytes.
+/// A matrix of 16-bit floats from which TMA reads boxes of 64 columns, in the swizzle of 128 bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TmaShape {
     pub(crate) base: Address,

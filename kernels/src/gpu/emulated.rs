@@ -7,7 +7,7 @@ use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use half::bf16;
+use half::{bf16, f16};
 use tidemill_cuda_emulation as emulation;
 
 use super::device::{
@@ -186,6 +186,9 @@ unsafe fn multiply(gemm: &Gemm) {
                 GemmInput::Bf16 => {
                     std::slice::from_raw_parts(at.0 as *const bf16, len).iter().map(|x| x.to_f32()).collect()
                 }
+                GemmInput::F16 => {
+                    std::slice::from_raw_parts(at.0 as *const f16, len).iter().map(|x| x.to_f32()).collect()
+                }
                 GemmInput::E4m3 => std::slice::from_raw_parts(at.0 as *const u8, len)
                     .iter()
                     .map(|&x| e4m3::to_f32(x))
@@ -204,6 +207,9 @@ unsafe fn multiply(gemm: &Gemm) {
                 match gemm.output {
                     GemmOutput::Bf16 => {
                         (gemm.out.0 as *mut bf16).add(row * n + column).write(bf16::from_f32(value));
+                    }
+                    GemmOutput::F16 => {
+                        (gemm.out.0 as *mut f16).add(row * n + column).write(f16::from_f32(value));
                     }
                     GemmOutput::F32 => (gemm.out.0 as *mut f32).add(row * n + column).write(value),
                 }

@@ -25,8 +25,6 @@ unsafe impl Plain for i32 {}
 unsafe impl Plain for u64 {}
 // SAFETY: as above.
 unsafe impl Plain for f32 {}
-// SAFETY: a bf16 is its 16 bits.
-unsafe impl Plain for half::bf16 {}
 
 /// An array on a device.
 #[derive(Debug)]

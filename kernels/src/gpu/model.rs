@@ -25,6 +25,7 @@ use self::inputs::{Inputs, Layout, StepShape};
 use self::penalties::PenaltyInputs;
 use self::rope::DeviceRope;
 use super::device::{Device, DeviceError, Event, Graph};
+use super::half_vec::HalfDtype;
 use super::memory::{DeviceVec, PinnedVec};
 use super::ops::{AttentionParts, RowSampling, sample_error};
 use super::plan::{AttentionPlan, PlanOptions, PlanSize};
@@ -473,12 +474,12 @@ fn largest_plan(
 /// Names the numbers that answers depend on.
 fn path_name(weights: &GpuWeights) -> String {
     let options = &weights.options;
-    let weight = match options.weight_dtype {
-        WeightDtype::Bf16 => "bf16",
-        WeightDtype::E4m3 => "fp8",
+    let weight = match (options.weight_dtype, weights.dtype) {
+        (WeightDtype::E4m3, HalfDtype::F16) => "f16-fp8",
+        _ => weights.number_name(),
     };
     let kv = match options.kv_dtype {
-        KvDtype::Bf16 => "",
+        KvDtype::Half => "",
         KvDtype::E4m3 => "-kv-fp8",
     };
     let deterministic = if options.deterministic { "-deterministic" } else { "" };

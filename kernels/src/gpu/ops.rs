@@ -20,8 +20,6 @@ mod sample;
 mod scale_outer;
 mod store_kv;
 
-use half::bf16;
-
 pub(crate) use self::attention::{AttentionArgs, AttentionParts, PagedKv, attention};
 pub(crate) use self::combine::{Combine, combine};
 pub(crate) use self::copy_kv::{CopyKv, copy_kv};
@@ -41,10 +39,11 @@ pub(crate) use self::route::{Route, SortRoutes, route, sort_routes};
 #[cfg(test)]
 pub(crate) use self::sample::AllowedTokens;
 pub(crate) use self::sample::{RowSampling, Sample, sample, sample_error};
-pub(crate) use self::scale_outer::scale_outer;
+pub(crate) use self::scale_outer::{UNSCALED_F16, scale_outer};
 pub use self::store_kv::KvDtype;
 pub(crate) use self::store_kv::{StoreKv, store_kv};
 use super::device::{Address, Device, DeviceError, Kernel};
+use super::half_vec::{HalfDtype, HalfVec};
 use super::memory::DeviceVec;
 
 /// Threads of a block that shares a row, and the shared memory for its sums.
@@ -57,17 +56,25 @@ pub(crate) const ROW_MULTIPLE: usize = 8;
 /// Where an op writes rows that a matrix product reads.
 #[derive(Clone, Copy)]
 pub(crate) enum RowsOut<'a> {
-    Bf16(&'a DeviceVec<bf16>),
+    Half(&'a HalfVec),
     /// Numbers and a scale a row.
     E4m3(&'a DeviceVec<u8>, &'a DeviceVec<f32>),
 }
 
 impl RowsOut<'_> {
+    /// The kind of 16-bit floats, where it is these.
+    fn half(&self) -> Option<HalfDtype> {
+        match self {
+            Self::Half(out) => Some(out.dtype()),
+            Self::E4m3(..) => None,
+        }
+    }
+
     /// Addresses of the numbers and of the scales, if there are `num_rows` of `size`.
     fn addresses(&self, num_rows: usize, size: usize) -> (Address, Address) {
         assert!(size > 0 && size.is_multiple_of(ROW_MULTIPLE), "rows of {size} numbers");
         match self {
-            Self::Bf16(out) => {
+            Self::Half(out) => {
                 assert!(out.len() >= num_rows * size);
                 (out.address(), Address::NULL)
             }
@@ -77,11 +84,6 @@ impl RowsOut<'_> {
             }
         }
     }
-}
-
-/// A kernel whose blocks share a row each.
-const fn row_kernel(name: &'static str) -> Kernel {
-    Kernel { name, source: name, block: ROW_THREADS, shared_bytes: ROW_SHARED_BYTES }
 }
 
 /// Queues a kernel with its struct of parameters.

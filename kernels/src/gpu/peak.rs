@@ -9,10 +9,9 @@ mod attention;
 use std::sync::Arc;
 use std::time::Duration;
 
-use half::bf16;
-
 pub use self::attention::{Heads, attention_seconds};
-use super::device::{Address, Device, DeviceError, Gemm, GemmInput, GemmOutput};
+use super::device::{Address, Device, DeviceError, Gemm, GemmInput};
+use super::half_vec::{HalfDtype, HalfVec};
 use super::memory::DeviceVec;
 use super::ops::{quantize, randomize};
 use super::{Gpu, GpuError, WeightDtype};
@@ -29,21 +28,22 @@ pub type ElapsedFn<'a> = &'a dyn Fn() -> Duration;
 pub fn gemm_tflops(
     gpu: &Gpu,
     [m, n, k]: [usize; 3],
-    dtype: WeightDtype,
+    (half, dtype): (HalfDtype, WeightDtype),
     elapsed: ElapsedFn<'_>,
 ) -> Result<f64, GpuError> {
     let device = &gpu.device;
-    let (x, weight) = (Operand::new(device, m, k, dtype, 1)?, Operand::new(device, n, k, dtype, 2)?);
-    let out = DeviceVec::<bf16>::new(device, m * n)?;
+    let (x, weight) =
+        (Operand::new(device, m, k, (half, dtype), 1)?, Operand::new(device, n, k, (half, dtype), 2)?);
+    let out = HalfVec::new(device, half, m * n)?;
     let gemm = Gemm {
         m,
         n,
         k,
         input: match dtype {
-            WeightDtype::Bf16 => GemmInput::Bf16,
+            WeightDtype::Half => half.into(),
             WeightDtype::E4m3 => GemmInput::E4m3,
         },
-        output: GemmOutput::Bf16,
+        output: half.into(),
         x: x.address(),
         weight: weight.address(),
         out: out.address(),
@@ -67,7 +67,7 @@ pub fn copy_gb_per_second(gpu: &Gpu, num_bytes: usize, elapsed: ElapsedFn<'_>) -
 
 /// A matrix of random numbers.
 struct Operand {
-    values: DeviceVec<bf16>,
+    values: HalfVec,
     rounded: Option<DeviceVec<u8>>,
     scale: Option<DeviceVec<f32>>,
 }
@@ -77,12 +77,12 @@ impl Operand {
         device: &Arc<dyn Device>,
         num_rows: usize,
         size: usize,
-        dtype: WeightDtype,
+        (half, dtype): (HalfDtype, WeightDtype),
         seed: u64,
     ) -> Result<Self, DeviceError> {
-        let values = DeviceVec::new(device, num_rows * size)?;
+        let values = HalfVec::new(device, half, num_rows * size)?;
         randomize(&**device, seed, 1.0, &values)?;
-        if dtype == WeightDtype::Bf16 {
+        if dtype == WeightDtype::Half {
             return Ok(Self { values, rounded: None, scale: None });
         }
         let (rounded, scale) = (DeviceVec::new(device, num_rows * size)?, DeviceVec::new(device, num_rows)?);
@@ -134,7 +134,11 @@ mod tests {
             seconds.set(seconds.get() + 1);
             Duration::from_secs(seconds.get())
         };
-        for dtype in [WeightDtype::Bf16, WeightDtype::E4m3] {
+        for dtype in [
+            (HalfDtype::Bf16, WeightDtype::Half),
+            (HalfDtype::F16, WeightDtype::Half),
+            (HalfDtype::F16, WeightDtype::E4m3),
+        ] {
             let tflops = gemm_tflops(&gpu, [4, 8, 16], dtype, &elapsed).unwrap();
             assert!((tflops * 1e12 - 1024.0).abs() < 1e-6, "{dtype:?}: {tflops}");
         }

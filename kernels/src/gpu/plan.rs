@@ -65,7 +65,7 @@ impl PlanOptions {
             batch_invariant,
             wide_tiles: !batch_invariant
                 && device.is_hopper()
-                && options.kv_dtype == KvDtype::Bf16
+                && options.kv_dtype == KvDtype::Half
                 && shape.head_dim <= MAX_WIDE_DIM,
             share_prefixes: true,
             split_len: if batch_invariant { Self::BATCH_INVARIANT_SPLIT_LEN } else { Self::SPLIT_LEN },

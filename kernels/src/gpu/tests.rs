@@ -22,14 +22,12 @@ mod store_kv;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::device::Device;
 use super::emulated::EmulatedDevice;
+use super::half_vec::{HalfDtype, HalfVec};
 use super::memory::{DeviceVec, Plain};
 
-/// Half a unit in the last place of bf16, and as much again for sums in another order.
-const BF16_TOLERANCE: f32 = 1.0 / 128.0;
+const HALF_DTYPES: [HalfDtype; 2] = [HalfDtype::Bf16, HalfDtype::F16];
 /// One step of e4m3's mantissa.
 const E4M3_TOLERANCE: f32 = 1.0 / 15.0;
 
@@ -90,21 +88,27 @@ fn random(seed: u64, len: usize) -> Vec<f32> {
     std::iter::repeat_with(next).take(len).collect()
 }
 
+/// Half a unit in the last place, and as much again for sums in another order.
+fn tolerance(dtype: HalfDtype) -> f32 {
+    dtype.of([1.0 / 128.0, 1.0 / 1024.0])
+}
+
 /// As the device will hold them.
-fn rounded(values: Vec<f32>) -> Vec<f32> {
-    values.into_iter().map(|x| bf16::from_f32(x).to_f32()).collect()
-}
-
-fn to_bf16(values: &[f32]) -> Vec<bf16> {
-    values.iter().map(|&x| bf16::from_f32(x)).collect()
-}
-
-fn to_f32(values: &[bf16]) -> Vec<f32> {
-    values.iter().map(|x| x.to_f32()).collect()
+fn rounded(dtype: HalfDtype, values: Vec<f32>) -> Vec<f32> {
+    values.into_iter().map(|x| dtype.to_f32(dtype.round(x))).collect()
 }
 
 fn put<T: Plain>(device: &Arc<dyn Device>, values: &[T]) -> DeviceVec<T> {
     DeviceVec::from_slice(device, values).unwrap()
+}
+
+fn put_half(device: &Arc<dyn Device>, dtype: HalfDtype, values: &[f32]) -> HalfVec {
+    HalfVec::from_slice(device, dtype, values).unwrap()
+}
+
+/// Unwritten.
+fn fresh_half(device: &Arc<dyn Device>, dtype: HalfDtype, len: usize) -> HalfVec {
+    HalfVec::new(device, dtype, len).unwrap()
 }
 
 /// Unwritten.

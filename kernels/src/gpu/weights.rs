@@ -2,8 +2,10 @@
 //!
 //! Rows go from the mapped file through pinned buffers, filled by all cores while the copy before is under way. Heads
 //! are laid out for the attention kernel, which knows a few dimensions: narrower ones are padded with zeros here, and
-//! nothing else sees it. Matrices are bf16, or e4m3 with a scale for each output; embedding and output head stay bf16.
+//! nothing else sees it. Matrices are bf16 or f16, or e4m3 with a scale for each output; embedding and output head are never
+//! rounded so.
 
+mod dtype;
 mod experts;
 mod random;
 mod upload;
@@ -11,11 +13,10 @@ mod upload;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use half::bf16;
-
 pub(super) use self::experts::GpuExperts;
 use self::upload::Uploader;
 use super::device::{Device, DeviceError};
+use super::half_vec::{HalfDtype, HalfVec};
 use super::memory::DeviceVec;
 use super::ops::{KvDtype, Matrix, MatrixValues, ROW_MULTIPLE, quantize};
 use super::{Gpu, GpuError};
@@ -29,8 +30,9 @@ const HEAD_DIMS: [usize; 3] = [64, 128, 256];
 /// Numbers of the large matrices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightDtype {
+    /// As activations.
     #[default]
-    Bf16,
+    Half,
     /// Rounded to 8 bits at load, activations as they come.
     E4m3,
 }
@@ -38,6 +40,8 @@ pub enum WeightDtype {
 /// How a model computes on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GpuOptions {
+    /// Of activations; if absent, as most weights are stored: f16 where they are f16, else bf16.
+    pub dtype: Option<HalfDtype>,
     pub weight_dtype: WeightDtype,
     pub kv_dtype: KvDtype,
     /// Answers do not depend on what else is in the batch; costs speed.
@@ -48,6 +52,8 @@ pub struct GpuOptions {
 pub struct GpuWeights {
     pub config: ModelConfig,
     pub options: GpuOptions,
+    /// Of activations.
+    pub(super) dtype: HalfDtype,
     pub(super) device: Arc<dyn Device>,
     /// Numbers from one head to the next.
     pub(super) stride: usize,
@@ -89,10 +95,12 @@ impl GpuWeights {
         let config = checkpoint.config()?;
         experts::check(&config, options)?;
         let heads = Heads::of(&config)?;
+        let dtype = dtype::choose(checkpoint, &config, options)?;
         check_memory(&*gpu.device, &config, heads, options)?;
         let maker = Maker {
             device: Arc::clone(&gpu.device),
             options,
+            dtype,
             heads,
             uploader: Mutex::new(Uploader::new(&gpu.device)?),
         };
@@ -103,7 +111,7 @@ impl GpuWeights {
     /// The numbers of a layer, padded heads and all, and of embedding and head.
     fn from_layers(layers: Layers<Maker>, options: GpuOptions) -> Result<Self, ModelError> {
         let device = Arc::clone(&layers.backend.device);
-        let heads = layers.backend.heads;
+        let Maker { heads, dtype, .. } = layers.backend;
         let architecture = layers.architecture;
         let put = |values: &[f32]| DeviceVec::from_slice(&device, values);
         let put_option = |values: Option<Vec<f32>>| values.map(|values| put(&values)).transpose();
@@ -143,8 +151,17 @@ impl GpuWeights {
             window_rope: parts.window_rope,
             device: Arc::clone(&device),
             config,
+            dtype,
             options,
         })
+    }
+
+    /// The numbers of the matrices, for the user.
+    pub fn number_name(&self) -> &'static str {
+        match self.options.weight_dtype {
+            WeightDtype::Half => self.dtype.name(),
+            WeightDtype::E4m3 => "fp8",
+        }
     }
 
     pub(super) fn output(&self) -> &Matrix {
@@ -189,13 +206,13 @@ fn matrix_bytes(config: &ModelConfig, stride: usize, options: GpuOptions) -> u64
         [config.hidden_size, config.intermediate_size, config.num_layers, config.vocab_size].map(u64::from);
     let heads = (2 * u64::from(config.num_heads) + 2 * u64::from(config.num_kv_heads)) * stride as u64;
     let size = match options.weight_dtype {
-        WeightDtype::Bf16 => size_of::<bf16>(),
+        WeightDtype::Half => size_of::<u16>(),
         WeightDtype::E4m3 => 1,
     };
     let num_experts = config.experts.map_or(1, |experts| u64::from(experts.num_experts));
     let num_tables = if config.tied_output { 1 } else { 2 };
     num_layers * hidden * (heads + 3 * intermediate * num_experts) * size as u64
-        + num_tables * vocab_size * hidden * size_of::<bf16>() as u64
+        + num_tables * vocab_size * hidden * size_of::<u16>() as u64
 }
 
 /// How heads are laid out.
@@ -234,6 +251,7 @@ impl Heads {
 pub(super) struct Maker {
     device: Arc<dyn Device>,
     options: GpuOptions,
+    dtype: HalfDtype,
     heads: Heads,
     uploader: Mutex<Uploader>,
 }
@@ -249,21 +267,23 @@ impl Matrices for Maker {
             MatrixRole::AttentionOutput => num_inputs = num_inputs / head_dim * stride,
             _ => {}
         }
-        let fill_row = |row: usize, wide: &mut [f32], out: &mut [bf16]| match source.role {
-            MatrixRole::Qkv if row % stride >= head_dim => out.fill(bf16::ZERO),
-            MatrixRole::Qkv => source.fill_bf16(row / stride * head_dim + row % stride, wide, out),
+        let fill_row = |row: usize, wide: &mut [f32], out: &mut [u16]| match source.role {
+            MatrixRole::Qkv if row % stride >= head_dim => out.fill(0),
+            MatrixRole::Qkv => {
+                source.fill_half(self.dtype, row / stride * head_dim + row % stride, wide, out)
+            }
             MatrixRole::AttentionOutput => {
                 // Heads are moved apart from the last on, each to a place that was read already.
                 let (narrow, num_heads) = (source.num_inputs, source.num_inputs / head_dim);
-                source.fill_bf16(row, wide, &mut out[..narrow]);
+                source.fill_half(self.dtype, row, wide, &mut out[..narrow]);
                 for head in (0..num_heads).rev() {
                     out.copy_within(head * head_dim..(head + 1) * head_dim, head * stride);
-                    out[head * stride + head_dim..(head + 1) * stride].fill(bf16::ZERO);
+                    out[head * stride + head_dim..(head + 1) * stride].fill(0);
                 }
             }
-            _ => source.fill_bf16(row, wide, out),
+            _ => source.fill_half(self.dtype, row, wide, out),
         };
-        let values = DeviceVec::new(&self.device, num_outputs * num_inputs)?;
+        let values = HalfVec::new(&self.device, self.dtype, num_outputs * num_inputs)?;
         let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
         uploader.upload(num_inputs, source.num_inputs, &fill_row, &values)?;
         Ok(finish_matrix(&self.device, source.role, self.options, num_outputs, num_inputs, values)?)
@@ -281,7 +301,7 @@ fn finish_matrix(
     options: GpuOptions,
     num_outputs: usize,
     num_inputs: usize,
-    values: DeviceVec<bf16>,
+    values: HalfVec,
 ) -> Result<Matrix, DeviceError> {
     let stays = matches!(role, MatrixRole::Embedding | MatrixRole::Output | MatrixRole::Router);
     let values = match options.weight_dtype {
@@ -291,7 +311,7 @@ fn finish_matrix(
             quantize(&**device, num_outputs, num_inputs, &values, &rounded, &scale)?;
             MatrixValues::E4m3(rounded, scale)
         }
-        _ => MatrixValues::Bf16(values),
+        _ => MatrixValues::Half(values),
     };
     Ok(Matrix { num_outputs, num_inputs, values })
 }

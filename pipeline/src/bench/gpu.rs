@@ -14,7 +14,7 @@ mod workloads;
 
 use serde::Serialize;
 use tidemill_kernels::gpu::peak::{copy_gb_per_second, gemm_tflops};
-use tidemill_kernels::gpu::{GpuError, WeightDtype};
+use tidemill_kernels::gpu::{GpuError, HalfDtype, WeightDtype};
 use tidemill_kernels::models::ModelConfig;
 use tidemill_kernels::step::Model;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
@@ -29,7 +29,7 @@ use crate::clock::Clock;
 use crate::models::gpu::Gpus;
 use crate::models::load::{Compute, LoadError, LoadedModel, load};
 use crate::plan::engine::EnginePlan;
-use crate::spec::{KvCacheDtype, Quantization};
+use crate::spec::{self, KvCacheDtype, Quantization};
 
 /// So many bytes are copied for the peak, times the elements of a matrix; a gigabyte, which no cache holds.
 const COPY_FACTOR: usize = 16;
@@ -52,11 +52,14 @@ pub(super) struct GpuReport {
 pub(super) fn measure(args: &EngineArgs, ordinal: usize) -> Result<GpuReport, BenchError> {
     let clock = Clock::start();
     let plan = EnginePlan {
+        dtype: match args.dtype {
+            Dtype::F16 => spec::Dtype::Float16,
+            Dtype::Bf16 | Dtype::Fp8 => spec::Dtype::Bfloat16,
+        },
         quantization: (args.dtype == Dtype::Fp8).then_some(Quantization::Fp8),
-        kv_cache_dtype: if args.kv_cache_dtype == Dtype::Fp8 {
-            KvCacheDtype::Fp8
-        } else {
-            KvCacheDtype::Auto
+        kv_cache_dtype: match args.kv_cache_dtype {
+            KvDtype::Auto => KvCacheDtype::Auto,
+            KvDtype::Fp8 => KvCacheDtype::Fp8,
         },
         deterministic: args.deterministic,
         ..EnginePlan::default()
@@ -93,7 +96,11 @@ pub(super) fn measure(args: &EngineArgs, ordinal: usize) -> Result<GpuReport, Be
         has_random_weights: args.shape.is_some(),
         device,
         weights: args.dtype.name(),
-        kv_cache: args.kv_cache_dtype.name(),
+        kv_cache: match (args.kv_cache_dtype, args.dtype) {
+            (KvDtype::Fp8, _) => "fp8",
+            (KvDtype::Auto, Dtype::F16) => "f16",
+            (KvDtype::Auto, Dtype::Bf16 | Dtype::Fp8) => "bf16",
+        },
         deterministic: args.deterministic,
         ceilings,
         kv_tokens,
@@ -102,10 +109,18 @@ pub(super) fn measure(args: &EngineArgs, ordinal: usize) -> Result<GpuReport, Be
     })
 }
 
-/// Numbers of weights, or of keys and values.
+/// Numbers of weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Dtype {
     Bf16,
+    F16,
+    Fp8,
+}
+
+/// Numbers of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum KvDtype {
+    Auto,
     Fp8,
 }
 
@@ -113,6 +128,7 @@ impl Dtype {
     fn name(self) -> &'static str {
         match self {
             Self::Bf16 => "bf16",
+            Self::F16 => "f16",
             Self::Fp8 => "fp8",
         }
     }
@@ -159,11 +175,12 @@ fn run_all(
 fn ceilings(gpus: &Gpus, size: usize, clock: Clock) -> Result<Ceilings, GpuError> {
     let elapsed = || clock.elapsed();
     let gpu = gpus.first();
-    let bf16_tflops = gemm_tflops(gpu, [size; 3], WeightDtype::Bf16, &elapsed)?;
-    let weight_tflops = match gpus.options().weight_dtype {
-        WeightDtype::Bf16 => bf16_tflops,
-        dtype => gemm_tflops(gpu, [size; 3], dtype, &elapsed)?,
-    };
+    let tflops = |dtype| gemm_tflops(gpu, [size; 3], dtype, &elapsed);
+    let options = gpus.options();
+    let weight_dtype = (options.dtype.unwrap_or_default(), options.weight_dtype);
+    let bf16 = (HalfDtype::Bf16, WeightDtype::Half);
+    let bf16_tflops = tflops(bf16)?;
+    let weight_tflops = if weight_dtype == bf16 { bf16_tflops } else { tflops(weight_dtype)? };
     let copy_gb_per_second = copy_gb_per_second(gpu, COPY_FACTOR * size * size, &elapsed)?;
     Ok(Ceilings { bf16_tflops, weight_tflops, copy_gb_per_second })
 }

@@ -7,13 +7,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use tidemill_kernels::gpu::{
-    Gpu, GpuModel, GpuModelConfig, GpuOptions, GpuWeights, KvDtype, KvMemory, WeightDtype,
+    Gpu, GpuModel, GpuModelConfig, GpuOptions, GpuWeights, HalfDtype, KvDtype, KvMemory, WeightDtype,
 };
 use tidemill_kernels::models::{Checkpoint, ModelConfig, ModelError};
 
 use super::load::{LoadError, pages_in, useful_pages};
 use crate::plan::engine::{DeviceKind, EnginePlan};
-use crate::spec::{KvCacheDtype, Quantization};
+use crate::spec::{Dtype, KvCacheDtype, Quantization};
 
 /// Of pinned memory of the host, where preempted sequences keep their pages.
 const HOST_KV_BYTES: u64 = 1 << 30;
@@ -65,27 +65,29 @@ impl Gpus {
     }
 }
 
-/// Their names, and the numbers of the weights.
+/// Their names.
 impl fmt::Display for Gpus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, (ordinal, gpu)) in self.gpus.iter().enumerate() {
             write!(f, "{}cuda:{ordinal} ({})", if index == 0 { "" } else { ", " }, gpu.name())?;
         }
-        f.write_str(match self.options.weight_dtype {
-            WeightDtype::Bf16 => " in bf16",
-            WeightDtype::E4m3 => " in fp8",
-        })
+        Ok(())
     }
 }
 
 fn options(plan: &EnginePlan) -> GpuOptions {
     GpuOptions {
+        dtype: match plan.dtype {
+            Dtype::Auto => None,
+            Dtype::Bfloat16 => Some(HalfDtype::Bf16),
+            Dtype::Float16 => Some(HalfDtype::F16),
+        },
         weight_dtype: match plan.quantization {
-            None => WeightDtype::Bf16,
+            None => WeightDtype::Half,
             Some(Quantization::Fp8) => WeightDtype::E4m3,
         },
         kv_dtype: match plan.kv_cache_dtype {
-            KvCacheDtype::Auto => KvDtype::Bf16,
+            KvCacheDtype::Auto => KvDtype::Half,
             KvCacheDtype::Fp8 => KvDtype::E4m3,
         },
         deterministic: plan.deterministic,

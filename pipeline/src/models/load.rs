@@ -30,7 +30,7 @@ use crate::cores::Cores;
 use crate::plan::chain;
 use crate::plan::device::Devices;
 use crate::plan::engine::{Bounds, DeviceKind, EnginePlan};
-use crate::spec::{KvCacheDtype, Quantization};
+use crate::spec::{Dtype, KvCacheDtype, Quantization};
 
 const FAKE_CONTROL_TOKENS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 const FAKE_CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
@@ -191,8 +191,11 @@ pub fn load_engines(
     let on_cpu = |path| load(model, name, Compute::Cpu(path), say)?.engines(plan, devices);
     let on_gpus = |ordinals: &[usize]| {
         let gpus = Gpus::open(ordinals, plan)?;
-        let mut engines = load(model, name, Compute::Gpus(&gpus), say)?.engines(plan, devices)?;
-        engines.placement.device = gpus.to_string();
+        let loaded = load(model, name, Compute::Gpus(&gpus), say)?;
+        let numbers = loaded.gpu_numbers();
+        let mut engines = loaded.engines(plan, devices)?;
+        engines.placement.device =
+            format!("{gpus}{}", numbers.map(|name| format!(" in {name}")).unwrap_or_default());
         Ok(engines)
     };
     match devices {
@@ -296,6 +299,14 @@ impl LoadedModel {
         Ok(Self { name, weights, text: fake_text() })
     }
 
+    /// The numbers of the weights on GPUs.
+    pub fn gpu_numbers(&self) -> Option<&'static str> {
+        match &self.weights {
+            Weights::Gpus { weights, .. } => weights.first().map(|weights| weights.number_name()),
+            Weights::Fake | Weights::Cpu { .. } => None,
+        }
+    }
+
     /// Makes the engines. On a CPU they share the weights, and split the KV memory and the cores; each GPU has one.
     pub fn engines(self, plan: &EnginePlan, devices: &Devices) -> Result<Engines, LoadError> {
         let num_engines = devices.num_engines();
@@ -338,6 +349,9 @@ impl LoadedModel {
     fn placement(&self, plan: &EnginePlan, devices: &Devices) -> Placement {
         let mut notes = Vec::new();
         if let Weights::Cpu { .. } = self.weights {
+            if plan.dtype != Dtype::Auto {
+                notes.push("dtype has no effect: a CPU computes with int8".to_owned());
+            }
             if plan.quantization == Some(Quantization::Fp8) {
                 notes.push("quantization has no effect: a CPU computes with int8".to_owned());
             }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::device::Devices;
 use super::{Result, at_least};
-use crate::spec::{Definition, KvCacheDtype, Quantization, Spanned};
+use crate::spec::{Definition, Dtype, KvCacheDtype, Quantization, Spanned};
 
 const CPU_BOUNDS: Bounds = Bounds { max_num_seqs: 32, max_num_batched_tokens: 512 };
 const GPU_BOUNDS: Bounds = Bounds { max_num_seqs: 256, max_num_batched_tokens: 8192 };
@@ -29,6 +29,7 @@ pub struct EnginePlan {
     pub kv_cache_bytes: Option<u64>,
     pub gpu_memory_utilization: Option<f64>,
     pub deterministic: bool,
+    pub dtype: Dtype,
     pub quantization: Option<Quantization>,
     pub kv_cache_dtype: KvCacheDtype,
 }
@@ -42,6 +43,7 @@ impl Default for EnginePlan {
             kv_cache_bytes: None,
             gpu_memory_utilization: None,
             deterministic: false,
+            dtype: Dtype::Auto,
             quantization: None,
             kv_cache_dtype: KvCacheDtype::Auto,
         }
@@ -85,6 +87,9 @@ impl EnginePlan {
 
     /// Adds what changes answers, where it is not the default.
     pub(super) fn add_numbers(&self, fingerprint: &mut Value) {
+        if self.dtype != Dtype::Auto {
+            fingerprint["dtype"] = json!(self.dtype);
+        }
         if let Some(quantization) = self.quantization {
             fingerprint["quantization"] = json!(quantization);
         }
@@ -123,6 +128,7 @@ pub(super) fn engine(definition: &Definition, devices: &Devices) -> Result<Engin
         kv_cache_bytes,
         gpu_memory_utilization: utilization(definition)?,
         deterministic: spec.deterministic.unwrap_or(false),
+        dtype: dtype(definition, devices)?,
         quantization: quantization(definition, devices)?,
         kv_cache_dtype: kv_cache_dtype(definition, devices)?,
     })
@@ -140,6 +146,14 @@ fn utilization(definition: &Definition) -> Result<Option<f64>> {
     Ok(Some(share))
 }
 
+fn dtype(definition: &Definition, devices: &Devices) -> Result<Dtype> {
+    let Some(value) = &definition.spec.engine.dtype else { return Ok(Dtype::Auto) };
+    if value.value != Dtype::Auto {
+        needs_gpu(definition, devices, value, "engine.dtype", value.value.name())?;
+    }
+    Ok(value.value)
+}
+
 fn quantization(definition: &Definition, devices: &Devices) -> Result<Option<Quantization>> {
     let spec = &definition.spec;
     let (key, value) = match (&spec.engine.quantization, &spec.model.quantization) {
@@ -152,26 +166,32 @@ fn quantization(definition: &Definition, devices: &Devices) -> Result<Option<Qua
         (None, Some(value)) => ("model.quantization", value),
         (None, None) => return Ok(None),
     };
-    refuse_fp8(definition, devices, value, key)?;
+    needs_gpu(definition, devices, value, key, "fp8")?;
     Ok(Some(value.value))
 }
 
 fn kv_cache_dtype(definition: &Definition, devices: &Devices) -> Result<KvCacheDtype> {
     let Some(value) = &definition.spec.engine.kv_cache_dtype else { return Ok(KvCacheDtype::Auto) };
     if value.value == KvCacheDtype::Fp8 {
-        refuse_fp8(definition, devices, value, "engine.kv_cache_dtype")?;
+        needs_gpu(definition, devices, value, "engine.kv_cache_dtype", "fp8")?;
     }
     Ok(value.value)
 }
 
-/// Numbers of e4m3 are computed with on GPUs alone.
-fn refuse_fp8<T>(definition: &Definition, devices: &Devices, value: &Spanned<T>, key: &str) -> Result<()> {
+/// Refuses numbers that are computed with on GPUs alone, for devices that are surely none.
+fn needs_gpu<T>(
+    definition: &Definition,
+    devices: &Devices,
+    value: &Spanned<T>,
+    key: &str,
+    number: &str,
+) -> Result<()> {
     let instead = match devices {
         Devices::Auto | Devices::Cuda(_) => return Ok(()),
         Devices::Cpu | Devices::CpuShares(_) => "a CPU computes with int8",
         Devices::Reference => "the reference computes with f32",
     };
-    let message = format!("{key} is fp8, which needs a GPU: {instead}");
+    let message = format!("{key} is {number}, which needs a GPU: {instead}");
     let help = Some("leave it out, or let the device be auto or cuda".to_owned());
     Err(definition.error(value, key, message, help))
 }

@@ -20,6 +20,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::driver::{Relaxed, failed};
 use crate::gpu::device::{Address, DeviceError, Gemm, GemmInput, GemmOutput};
+use crate::gpu::ops::UNSCALED_F16;
 
 /// As much as cuBLASLt wants on Hopper.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
@@ -145,7 +146,11 @@ impl Gemms {
         let (handle, workspace) = (self.handle, self.workspace);
         let plan = self.plan(gemm)?;
         plan.shape.set_scales(gemm)?;
-        let (alpha, beta) = (1.0f32, 0.0f32);
+        let alpha = match (plan.shape.scaling, gemm.output) {
+            (Scaling::Left, GemmOutput::F16) => UNSCALED_F16,
+            _ => 1.0,
+        };
+        let beta = 0.0f32;
         let (weight, x) = (gemm.weight.0 as *const c_void, gemm.x.0 as *const c_void);
         let out = gemm.out.0 as *mut c_void;
         let shape = &plan.shape;
@@ -209,7 +214,7 @@ impl Gemms {
             Rows::UpTo(m) | Rows::Exactly(m) => m,
         };
         let scalings: &[Scaling] = match gemm.input {
-            GemmInput::Bf16 => &[Scaling::Done],
+            GemmInput::Bf16 | GemmInput::F16 => &[Scaling::Done],
             GemmInput::E4m3 => &[Scaling::Done, Scaling::Left],
         };
         for &scaling in scalings {
@@ -227,7 +232,7 @@ impl Gemms {
             }
         }
         let reason = match gemm.input {
-            GemmInput::Bf16 => "cuBLASLt has no algorithm for it",
+            GemmInput::Bf16 | GemmInput::F16 => "cuBLASLt has no algorithm for it",
             GemmInput::E4m3 => {
                 "cuBLASLt has no algorithm for it (compute capability 8.9 and multiples of 16 are needed)"
             }
@@ -331,6 +336,7 @@ impl Plan {
 fn data_type(input: GemmInput) -> cudaDataType_t {
     match input {
         GemmInput::Bf16 => cudaDataType_t::CUDA_R_16BF,
+        GemmInput::F16 => cudaDataType_t::CUDA_R_16F,
         GemmInput::E4m3 => cudaDataType_t::CUDA_R_8F_E4M3,
     }
 }
@@ -341,6 +347,7 @@ impl Shape {
         let Gemm { n, k, input, output, .. } = *gemm;
         let output = match output {
             GemmOutput::Bf16 => cudaDataType_t::CUDA_R_16BF,
+            GemmOutput::F16 => cudaDataType_t::CUDA_R_16F,
             GemmOutput::F32 => cudaDataType_t::CUDA_R_32F,
         };
         let null = null_mut();
@@ -496,7 +503,10 @@ pub(super) mod tests {
         for (input, output) in [
             (GemmInput::Bf16, GemmOutput::Bf16),
             (GemmInput::Bf16, GemmOutput::F32),
+            (GemmInput::F16, GemmOutput::F16),
+            (GemmInput::F16, GemmOutput::F32),
             (GemmInput::E4m3, GemmOutput::Bf16),
+            (GemmInput::E4m3, GemmOutput::F16),
             (GemmInput::E4m3, GemmOutput::F32),
         ] {
             let [x, weight, out] = [1, 2, 3].map(|i| Address(i << 20));

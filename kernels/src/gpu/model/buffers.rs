@@ -4,9 +4,8 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-
 use crate::gpu::device::{Device, DeviceError};
+use crate::gpu::half_vec::{HalfDtype, HalfVec};
 use crate::gpu::memory::DeviceVec;
 use crate::gpu::ops::{Rows, RowsOut};
 use crate::gpu::weights::{GpuWeights, WeightDtype};
@@ -21,24 +20,24 @@ pub(super) struct Buffers {
     /// `[rows, hidden_size]`: what a matrix reads.
     pub(super) normed: Activations,
     /// `[rows, hidden_size]`: what a part adds to the stream.
-    pub(super) part: DeviceVec<bf16>,
+    pub(super) part: HalfVec,
     /// `[rows, num_heads + 2 * num_kv_heads, stride]`
-    pub(super) qkv: DeviceVec<bf16>,
+    pub(super) qkv: HalfVec,
     /// `[rows, num_heads, stride]`
-    pub(super) queries: DeviceVec<bf16>,
+    pub(super) queries: HalfVec,
     /// `[rows, num_heads, stride]`
-    pub(super) attended: DeviceVec<bf16>,
-    /// The same rounded; unused with weights of bf16.
+    pub(super) attended: HalfVec,
+    /// The same rounded; unused where weights are not rounded.
     pub(super) rounded: Option<(DeviceVec<u8>, DeviceVec<f32>)>,
     /// `[rows, 2, intermediate_size]`; with experts, for each of a row's.
-    pub(super) gate_up: DeviceVec<bf16>,
+    pub(super) gate_up: HalfVec,
     /// `[rows, intermediate_size]`, likewise.
     pub(super) gated: Activations,
     pub(super) experts: Option<ExpertBuffers>,
     /// `[rows, hidden_size]`: behind the last norm.
-    pub(super) last: DeviceVec<bf16>,
+    pub(super) last: HalfVec,
     /// `[MAX_HEAD_ROWS, hidden_size]`
-    pub(super) head: DeviceVec<bf16>,
+    pub(super) head: HalfVec,
     /// `[MAX_HEAD_ROWS, vocab_size]`
     pub(super) logits: DeviceVec<f32>,
 }
@@ -56,7 +55,7 @@ pub(super) struct ExpertBuffers {
     /// `[routes]`
     pub(super) rows: DeviceVec<u32>,
     /// `[routes, hidden_size]`
-    pub(super) answers: DeviceVec<bf16>,
+    pub(super) answers: HalfVec,
 }
 
 impl ExpertBuffers {
@@ -70,14 +69,14 @@ impl ExpertBuffers {
             routes_of: DeviceVec::new(device, num_routes)?,
             indptr: DeviceVec::new(device, config.num_experts as usize + 1)?,
             rows: DeviceVec::new(device, num_routes)?,
-            answers: DeviceVec::new(device, num_routes * weights.config.hidden_size as usize)?,
+            answers: HalfVec::new(device, weights.dtype, num_routes * weights.config.hidden_size as usize)?,
         })
     }
 }
 
 /// Rows in the numbers that the matrices of the model take.
 pub(super) enum Activations {
-    Bf16(DeviceVec<bf16>),
+    Half(HalfVec),
     /// Numbers and a scale a row.
     E4m3(DeviceVec<u8>, DeviceVec<f32>),
 }
@@ -85,12 +84,12 @@ pub(super) enum Activations {
 impl Activations {
     fn new(
         device: &Arc<dyn Device>,
-        dtype: WeightDtype,
+        (half, dtype): (HalfDtype, WeightDtype),
         num_rows: usize,
         size: usize,
     ) -> Result<Self, DeviceError> {
         Ok(match dtype {
-            WeightDtype::Bf16 => Self::Bf16(DeviceVec::new(device, num_rows * size)?),
+            WeightDtype::Half => Self::Half(HalfVec::new(device, half, num_rows * size)?),
             WeightDtype::E4m3 => {
                 Self::E4m3(DeviceVec::new(device, num_rows * size)?, DeviceVec::new(device, num_rows)?)
             }
@@ -99,14 +98,14 @@ impl Activations {
 
     pub(super) fn out(&self) -> RowsOut<'_> {
         match self {
-            Self::Bf16(rows) => RowsOut::Bf16(rows),
+            Self::Half(rows) => RowsOut::Half(rows),
             Self::E4m3(rows, scale) => RowsOut::E4m3(rows, scale),
         }
     }
 
     pub(super) fn rows(&self) -> Rows<'_> {
         match self {
-            Self::Bf16(rows) => Rows::Bf16(rows),
+            Self::Half(rows) => Rows::Half(rows),
             Self::E4m3(rows, scale) => Rows::E4m3(rows, scale),
         }
     }
@@ -119,6 +118,8 @@ impl Buffers {
         let q_len = config.num_heads as usize * weights.stride;
         let kv_len = config.num_kv_heads as usize * weights.stride;
         let dtype = weights.options.weight_dtype;
+        let halves = |len| HalfVec::new(device, weights.dtype, len);
+        let activations = |rows, size| Activations::new(device, (weights.dtype, dtype), rows, size);
         let head_rows = max_seqs.min(MAX_HEAD_ROWS);
         let num_routes =
             max_rows * config.experts.map_or(1, |experts| experts.num_experts_per_token as usize);
@@ -126,17 +127,17 @@ impl Buffers {
         let rounded = || Ok((DeviceVec::new(device, max_rows * q_len)?, DeviceVec::new(device, max_rows)?));
         Ok(Self {
             hidden: DeviceVec::new(device, max_rows * hidden)?,
-            normed: Activations::new(device, dtype, max_rows, hidden)?,
-            part: DeviceVec::new(device, max_rows * hidden)?,
-            qkv: DeviceVec::new(device, max_rows * (q_len + 2 * kv_len))?,
-            queries: DeviceVec::new(device, max_rows * q_len)?,
-            attended: DeviceVec::new(device, max_rows * q_len)?,
+            normed: activations(max_rows, hidden)?,
+            part: halves(max_rows * hidden)?,
+            qkv: halves(max_rows * (q_len + 2 * kv_len))?,
+            queries: halves(max_rows * q_len)?,
+            attended: halves(max_rows * q_len)?,
             rounded: (dtype == WeightDtype::E4m3).then(rounded).transpose()?,
-            gate_up: DeviceVec::new(device, num_routes * 2 * intermediate)?,
-            gated: Activations::new(device, dtype, num_routes, intermediate)?,
+            gate_up: halves(num_routes * 2 * intermediate)?,
+            gated: activations(num_routes, intermediate)?,
             experts: config.experts.map(experts).transpose()?,
-            last: DeviceVec::new(device, max_rows * hidden)?,
-            head: DeviceVec::new(device, head_rows * hidden)?,
+            last: halves(max_rows * hidden)?,
+            head: halves(head_rows * hidden)?,
             logits: DeviceVec::new(device, head_rows * config.vocab_size as usize)?,
         })
     }

@@ -14,14 +14,14 @@ impl Runner {
         let Self { device, weights, buffers, .. } = self;
         let device = &**device;
         let routing = buffers.experts.as_ref().expect("a model with experts has buffers for them");
-        let Rows::Bf16(normed) = buffers.normed.rows() else { panic!("experts are computed in bf16") };
-        let Rows::Bf16(gated) = buffers.gated.rows() else { panic!("experts are computed in bf16") };
+        let Rows::Half(normed) = buffers.normed.rows() else { panic!("experts are computed in 16 bits") };
+        let Rows::Half(gated) = buffers.gated.rows() else { panic!("experts are computed in 16 bits") };
         let (hidden, intermediate) =
             (weights.config.hidden_size as usize, weights.config.intermediate_size as usize);
         let num_experts = experts.config.num_experts as usize;
         let num_chosen = experts.config.num_experts_per_token as usize;
         let num_routes = num_rows * num_chosen;
-        self.linear(num_rows, Rows::Bf16(normed), &experts.router, LinearOut::F32(&routing.scores))?;
+        self.linear(num_rows, Rows::Half(normed), &experts.router, LinearOut::F32(&routing.scores))?;
         let args = Route {
             num_tokens: num_rows,
             num_experts,

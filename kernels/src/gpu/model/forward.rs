@@ -57,7 +57,7 @@ impl Runner {
         let args = Embed {
             num_rows,
             size: hidden_size,
-            table: weights.embedding.bf16(),
+            table: weights.embedding.half(),
             ids: inputs.ids,
             from: inputs.from,
             sampled: &self.sampled,
@@ -84,7 +84,7 @@ impl Runner {
             self.feed_forward_part(layer, num_rows)?;
             norm_args.post_norm = layer.post_feed_forward_norm.as_ref();
         }
-        rms_norm(&**device, &RmsNorm { out: RowsOut::Bf16(&buffers.last), ..norm_args })
+        rms_norm(&**device, &RmsNorm { out: RowsOut::Half(&buffers.last), ..norm_args })
     }
 
     fn copy_pages(&self, layout: &Layout, inputs: &DeviceInputs<'_>) -> Result<(), DeviceError> {
@@ -120,7 +120,7 @@ impl Runner {
         let num_rows = layout.shape.num_rows;
         let (num_heads, num_kv_heads) = (config.num_heads as usize, config.num_kv_heads as usize);
         let window = config.windows[index];
-        self.linear(num_rows, buffers.normed.rows(), &layer.qkv, LinearOut::Bf16(&buffers.qkv))?;
+        self.linear(num_rows, buffers.normed.rows(), &layer.qkv, LinearOut::Half(&buffers.qkv))?;
         let args = StoreKv {
             num_rows,
             num_heads,
@@ -152,22 +152,22 @@ impl Runner {
             out: &buffers.attended,
         };
         attention(&**device, &args)?;
-        let out = LinearOut::Bf16(&buffers.part);
+        let out = LinearOut::Half(&buffers.part);
         match &buffers.rounded {
             Some((rounded, scale)) => {
                 let size = num_heads * weights.stride;
                 quantize(&**device, num_rows, size, &buffers.attended, rounded, scale)?;
                 self.linear(num_rows, Rows::E4m3(rounded, scale), &layer.attention_output, out)
             }
-            None => self.linear(num_rows, Rows::Bf16(&buffers.attended), &layer.attention_output, out),
+            None => self.linear(num_rows, Rows::Half(&buffers.attended), &layer.attention_output, out),
         }
     }
 
     fn paged_kv(&self, index: usize) -> PagedKv<'_> {
         let kv = &self.kv[index];
         match self.weights.options.kv_dtype {
-            KvDtype::Bf16 => {
-                PagedKv::Bf16(DeviceSlice::of_bytes(kv, 0, kv.len() / KvDtype::Bf16.size_bytes()))
+            KvDtype::Half => {
+                PagedKv::Half(DeviceSlice::of_bytes(kv, 0, kv.len() / KvDtype::Half.size_bytes()))
             }
             KvDtype::E4m3 => PagedKv::E4m3(kv.into()),
         }
@@ -178,10 +178,10 @@ impl Runner {
         let buffers = &self.buffers;
         match &layer.feed_forward {
             GpuFeedForward::Dense { gate_up, down } => {
-                let out = LinearOut::Bf16(&buffers.gate_up);
+                let out = LinearOut::Half(&buffers.gate_up);
                 self.linear(num_rows, buffers.normed.rows(), gate_up, out)?;
                 self.gate(num_rows)?;
-                self.linear(num_rows, buffers.gated.rows(), down, LinearOut::Bf16(&buffers.part))
+                self.linear(num_rows, buffers.gated.rows(), down, LinearOut::Half(&buffers.part))
             }
             GpuFeedForward::Experts(experts) => self.mix_experts(experts, num_rows),
         }
@@ -210,12 +210,12 @@ impl Runner {
     ) -> Result<(), DeviceError> {
         let Self { device, weights, buffers, .. } = self;
         let rows = match head {
-            Head::All if first == 0 => Rows::Bf16(&buffers.last),
+            Head::All if first == 0 => Rows::Half(&buffers.last),
             _ => {
                 let rows = inputs.head_rows.part(first, num_rows);
                 let size = weights.config.hidden_size as usize;
                 gather(&**device, num_rows, size, &buffers.last, rows, &buffers.head)?;
-                Rows::Bf16(&buffers.head)
+                Rows::Half(&buffers.head)
             }
         };
         self.linear(num_rows, rows, weights.output(), LinearOut::F32(&buffers.logits))

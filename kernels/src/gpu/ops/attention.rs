@@ -2,16 +2,14 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::launch;
 use crate::backend::AttentionShape;
 use crate::gpu::device::{Address, Device, DeviceError, Kernel, TmaMap, TmaShape};
+use crate::gpu::half_vec::{HalfDtype, HalfVec, half_kernels};
 use crate::gpu::memory::{DeviceSlice, DeviceVec};
 use crate::gpu::plan::PlanLayout;
 
-const MERGE: Kernel =
-    Kernel { name: "attention_merge", source: "attention_merge", block: 128, shared_bytes: 0 };
+const MERGE: [Kernel; 2] = half_kernels!("attention_merge", 128, 0);
 /// Heads that a block of it merges.
 const MERGE_HEADS: usize = 4;
 
@@ -21,7 +19,8 @@ const HOPPER_KEYS: usize = 128;
 /// Keys and values of a layer, `[page][2][kv head][slot][head_dim]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum PagedKv<'a> {
-    Bf16(DeviceSlice<'a, bf16>),
+    /// Of the queries' kind.
+    Half(DeviceSlice<'a, u16>),
     /// With a scale of one.
     E4m3(DeviceSlice<'a, u8>),
 }
@@ -56,11 +55,11 @@ pub(crate) struct AttentionArgs<'a> {
     /// `[tokens]`
     pub(crate) positions: DeviceSlice<'a, u32>,
     /// `[tokens, num_heads, head_dim]`, rotated
-    pub(crate) query: &'a DeviceVec<bf16>,
+    pub(crate) query: &'a HalfVec,
     pub(crate) kv: PagedKv<'a>,
     pub(crate) parts: &'a AttentionParts,
     /// `[tokens, num_heads, head_dim]`
-    pub(crate) out: &'a DeviceVec<bf16>,
+    pub(crate) out: &'a HalfVec,
 }
 
 #[derive(Clone, Copy)]
@@ -110,7 +109,7 @@ pub(crate) fn attention(device: &dyn Device, args: &AttentionArgs<'_>) -> Result
     let params = Params {
         query: args.query.address(),
         kv: match args.kv {
-            PagedKv::Bf16(kv) => kv.address(),
+            PagedKv::Half(kv) => kv.address(),
             PagedKv::E4m3(kv) => kv.address(),
         },
         out: args.out.address(),
@@ -127,21 +126,21 @@ pub(crate) fn attention(device: &dyn Device, args: &AttentionArgs<'_>) -> Result
         window: args.window.unwrap_or(0),
         scale_log2: shape.scale * std::f32::consts::LOG2_E,
     };
-    let heads = shape.num_kv_heads;
+    let (heads, dtype) = (shape.num_kv_heads, args.query.dtype());
     if layout.room.tiles > 0 {
         let grid = [(layout.room.tiles * heads) as u32, 1, 1];
         // SAFETY: the lengths were checked; the plan is of this batch and its pages are of the cache.
-        unsafe { launch(device, &kernel(shape.head_dim, args.kv), grid, &params)? };
+        unsafe { launch(device, &kernel(dtype, shape.head_dim, args.kv), grid, &params)? };
     }
     if layout.room.wide_tiles > 0 {
-        let kernel = hopper_kernel(device, shape.head_dim, args.kv);
+        let kernel = hopper_kernel(device, dtype, shape.head_dim, args.kv);
         let box_rows = shape.page_size.min(HOPPER_KEYS) as u32;
         let params = HopperParams {
             map: device.tma_map(&TmaShape {
                 base: params.kv,
                 rows: (shape.num_slots() * 2 * shape.num_kv_heads) as u64,
                 columns: shape.head_dim as u64,
-                row_bytes: (shape.head_dim * size_of::<bf16>()) as u64,
+                row_bytes: (shape.head_dim * size_of::<u16>()) as u64,
                 box_rows,
             })?,
             params: Params {
@@ -167,7 +166,7 @@ pub(crate) fn attention(device: &dyn Device, args: &AttentionArgs<'_>) -> Result
         };
         let grid = [layout.room.merges as u32, shape.num_heads.div_ceil(MERGE_HEADS) as u32, 1];
         // SAFETY: as above.
-        unsafe { launch(device, &MERGE, grid, &params)? };
+        unsafe { launch(device, &dtype.of(MERGE), grid, &params)? };
     }
     Ok(())
 }
@@ -178,22 +177,23 @@ fn check(args: &AttentionArgs<'_>) {
     assert!(shape.num_heads.is_multiple_of(shape.num_kv_heads) && shape.scale > 0.0);
     assert!(shape.page_size.is_power_of_two() && shape.page_size >= 16);
     assert!(args.plan.len() >= layout.len && args.positions.len() >= num_tokens);
+    assert_eq!(args.query.dtype(), args.out.dtype());
     assert!(args.query.len() >= num_tokens * shape.q_len() && args.out.len() >= num_tokens * shape.q_len());
     let part_rows = layout.room.part_rows * shape.num_kv_heads;
     assert!(args.parts.lse.len() >= part_rows && args.parts.out.len() >= part_rows * shape.head_dim);
     let kv_len = shape.num_slots() * 2 * shape.kv_len();
     assert!(match args.kv {
-        PagedKv::Bf16(kv) => kv.len() >= kv_len,
+        PagedKv::Half(kv) => kv.len() >= kv_len,
         PagedKv::E4m3(kv) => kv.len() >= kv_len,
     });
 }
 
 /// See `attention_hopper.cu` for what lies in shared memory.
-fn hopper_kernel(device: &dyn Device, head_dim: usize, kv: PagedKv<'_>) -> Kernel {
+fn hopper_kernel(device: &dyn Device, dtype: HalfDtype, head_dim: usize, kv: PagedKv<'_>) -> Kernel {
     assert!(device.is_hopper(), "wide tiles are planned for Hopper only");
-    let name = match (head_dim, kv) {
-        (64, PagedKv::Bf16(_)) => "attention_hopper_64",
-        (128, PagedKv::Bf16(_)) => "attention_hopper_128",
+    let name: &str = match (head_dim, kv) {
+        (64, PagedKv::Half(_)) => dtype.of(["attention_hopper_64_bf16", "attention_hopper_64_f16"]),
+        (128, PagedKv::Half(_)) => dtype.of(["attention_hopper_128_bf16", "attention_hopper_128_f16"]),
         _ => panic!("no kernel for wide tiles, heads of {head_dim}, {kv:?}"),
     };
     let shared_bytes = (5 * HOPPER_KEYS * head_dim * 2 + 8 * 8) as u32;
@@ -201,14 +201,14 @@ fn hopper_kernel(device: &dyn Device, head_dim: usize, kv: PagedKv<'_>) -> Kerne
 }
 
 /// See `attention.cu` for what lies in shared memory.
-fn kernel(head_dim: usize, kv: PagedKv<'_>) -> Kernel {
-    let (name, raw) = match (head_dim, kv) {
-        (64, PagedKv::Bf16(_)) => ("attention_64_bf16", 0),
-        (128, PagedKv::Bf16(_)) => ("attention_128_bf16", 0),
-        (256, PagedKv::Bf16(_)) => ("attention_256_bf16", 0),
-        (64, PagedKv::E4m3(_)) => ("attention_64_e4m3", 1),
-        (128, PagedKv::E4m3(_)) => ("attention_128_e4m3", 1),
-        (256, PagedKv::E4m3(_)) => ("attention_256_e4m3", 1),
+fn kernel(dtype: HalfDtype, head_dim: usize, kv: PagedKv<'_>) -> Kernel {
+    let (names, raw) = match (head_dim, kv) {
+        (64, PagedKv::Half(_)) => (["attention_64_bf16", "attention_64_f16"], 0),
+        (128, PagedKv::Half(_)) => (["attention_128_bf16", "attention_128_f16"], 0),
+        (256, PagedKv::Half(_)) => (["attention_256_bf16", "attention_256_f16"], 0),
+        (64, PagedKv::E4m3(_)) => (["attention_64_e4m3_bf16", "attention_64_e4m3_f16"], 1),
+        (128, PagedKv::E4m3(_)) => (["attention_128_e4m3_bf16", "attention_128_e4m3_f16"], 1),
+        (256, PagedKv::E4m3(_)) => (["attention_256_e4m3_bf16", "attention_256_e4m3_f16"], 1),
         _ => panic!("no kernel for heads of {head_dim}"),
     };
     let keys = if head_dim == 256 { 32 } else { 64 };
@@ -218,5 +218,5 @@ fn kernel(head_dim: usize, kv: PagedKv<'_>) -> Kernel {
         _ => 64 * head_dim * 2,
     };
     let shared_bytes = (stages + raw * 2 * keys * head_dim + query) as u32;
-    Kernel { name, source: "attention", block: 128, shared_bytes }
+    Kernel { name: dtype.of(names), source: "attention", block: 128, shared_bytes }
 }

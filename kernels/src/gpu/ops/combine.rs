@@ -1,25 +1,24 @@
 //! A token's answer from those of its experts; see `combine.cu`.
 
-use half::bf16;
-
 use super::launch;
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::half_vec::{HalfVec, half_kernels};
 use crate::gpu::memory::DeviceVec;
 
-const KERNEL: Kernel = Kernel { name: "combine", source: "combine", block: 128, shared_bytes: 0 };
+const KERNELS: [Kernel; 2] = half_kernels!("combine", 128, 0);
 
 pub(crate) struct Combine<'a> {
     pub(crate) num_tokens: usize,
     pub(crate) num_chosen: usize,
     pub(crate) size: usize,
     /// `[num_tokens * num_chosen, size]`
-    pub(crate) answers: &'a DeviceVec<bf16>,
+    pub(crate) answers: &'a HalfVec,
     /// `[num_tokens, num_chosen]`, as `route` wrote them.
     pub(crate) weights: &'a DeviceVec<f32>,
     /// `[num_tokens, num_chosen]`, as `sort_routes` wrote them.
     pub(crate) routes_of: &'a DeviceVec<u32>,
     /// `[num_tokens, size]`, written
-    pub(crate) out: &'a DeviceVec<bf16>,
+    pub(crate) out: &'a HalfVec,
 }
 
 #[derive(Clone, Copy)]
@@ -36,6 +35,7 @@ struct Params {
 pub(crate) fn combine(device: &dyn Device, args: &Combine<'_>) -> Result<(), DeviceError> {
     let Combine { num_tokens, num_chosen, size, .. } = *args;
     assert_eq!(size % 8, 0, "rows of {size} numbers are not aligned to 16 bytes");
+    assert_eq!(args.answers.dtype(), args.out.dtype());
     let num_routes = num_tokens * num_chosen;
     assert!(args.answers.len() >= num_routes * size);
     assert!(args.weights.len() >= num_routes && args.routes_of.len() >= num_routes);
@@ -49,5 +49,5 @@ pub(crate) fn combine(device: &dyn Device, args: &Combine<'_>) -> Result<(), Dev
         num_chosen: num_chosen as u32,
     };
     // SAFETY: the lengths were checked above; `routes_of` are those of the batch.
-    unsafe { launch(device, &KERNEL, [num_tokens as u32, 1, 1], &params) }
+    unsafe { launch(device, &args.out.dtype().of(KERNELS), [num_tokens as u32, 1, 1], &params) }
 }

@@ -1,19 +1,18 @@
 //! Rows of the embedding, by ids that the host knows or that the step before has sampled; see `embed.cu`.
 
-use half::bf16;
-
 use super::{ROW_MULTIPLE, ROW_THREADS, launch};
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::half_vec::{HalfVec, half_kernels};
 use crate::gpu::memory::{DeviceSlice, DeviceVec};
 
-const KERNEL: Kernel = Kernel { name: "embed", source: "embed", block: ROW_THREADS, shared_bytes: 0 };
+const KERNELS: [Kernel; 2] = half_kernels!("embed", ROW_THREADS, 0);
 
 pub(crate) struct Embed<'a> {
     pub(crate) num_rows: usize,
     /// Numbers of a row.
     pub(crate) size: usize,
     /// `[vocab, size]`
-    pub(crate) table: &'a DeviceVec<bf16>,
+    pub(crate) table: &'a HalfVec,
     /// `[num_rows]`
     pub(crate) ids: DeviceSlice<'a, u32>,
     /// `[num_rows]`: where among `sampled` the id is, or -1 where it is in `ids`.
@@ -50,5 +49,5 @@ pub(crate) fn embed(device: &dyn Device, args: &Embed<'_>) -> Result<(), DeviceE
         scale: args.scale,
     };
     // SAFETY: the lengths were checked above; ids are below the vocabulary, as the batch was checked.
-    unsafe { launch(device, &KERNEL, [args.num_rows as u32, 1, 1], &params) }
+    unsafe { launch(device, &args.table.dtype().of(KERNELS), [args.num_rows as u32, 1, 1], &params) }
 }

@@ -1,10 +1,9 @@
 //! Copies rows to stand one after the other; see `gather.cu`.
 
-use half::bf16;
-
 use super::{ROW_MULTIPLE, ROW_THREADS, launch};
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
-use crate::gpu::memory::{DeviceSlice, DeviceVec};
+use crate::gpu::half_vec::HalfVec;
+use crate::gpu::memory::DeviceSlice;
 
 const KERNEL: Kernel = Kernel { name: "gather", source: "gather", block: ROW_THREADS, shared_bytes: 0 };
 
@@ -22,9 +21,9 @@ pub(crate) fn gather(
     device: &dyn Device,
     num_rows: usize,
     size: usize,
-    rows: &DeviceVec<bf16>,
+    rows: &HalfVec,
     row_of: DeviceSlice<'_, u32>,
-    out: &DeviceVec<bf16>,
+    out: &HalfVec,
 ) -> Result<(), DeviceError> {
     assert!(size.is_multiple_of(ROW_MULTIPLE) && row_of.len() >= num_rows && out.len() >= num_rows * size);
     let params =

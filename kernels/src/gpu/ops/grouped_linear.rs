@@ -1,13 +1,11 @@
 //! Matrix products with the weights of each route's expert; see `grouped_linear.cu`.
 
-use half::bf16;
-
 use super::launch;
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::half_vec::{HalfVec, half_kernels};
 use crate::gpu::memory::DeviceVec;
 
-const KERNEL: Kernel =
-    Kernel { name: "grouped_linear", source: "grouped_linear", block: 128, shared_bytes: 49152 };
+const KERNELS: [Kernel; 2] = half_kernels!("grouped_linear", 128, 49152);
 
 /// Routes and columns of a block.
 const TILE: usize = 64;
@@ -18,15 +16,15 @@ pub(crate) struct GroupedLinear<'a> {
     pub(crate) n: usize,
     pub(crate) k: usize,
     /// `[rows, k]`
-    pub(crate) x: &'a DeviceVec<bf16>,
+    pub(crate) x: &'a HalfVec,
     /// `[num_experts, n, k]`
-    pub(crate) weight: &'a DeviceVec<bf16>,
+    pub(crate) weight: &'a HalfVec,
     /// `[num_experts + 1]`, the last is `num_routes`
     pub(crate) indptr: &'a DeviceVec<u32>,
     /// `[num_routes]`: which row of `x` a route reads; its own if absent.
     pub(crate) rows_of: Option<&'a DeviceVec<u32>>,
     /// `[num_routes, n]`, written
-    pub(crate) out: &'a DeviceVec<bf16>,
+    pub(crate) out: &'a HalfVec,
 }
 
 #[derive(Clone, Copy)]
@@ -45,6 +43,8 @@ struct Params {
 pub(crate) fn grouped_linear(device: &dyn Device, args: &GroupedLinear<'_>) -> Result<(), DeviceError> {
     let GroupedLinear { num_routes, num_experts, n, k, .. } = *args;
     assert_eq!(k % 8, 0, "rows of {k} numbers are not aligned to 16 bytes");
+    let dtype = args.x.dtype();
+    assert!(args.weight.dtype() == dtype && args.out.dtype() == dtype);
     assert!(args.rows_of.map_or(args.x.len() >= num_routes * k, |rows| rows.len() >= num_routes));
     assert!(args.weight.len() >= num_experts * n * k && args.out.len() >= num_routes * n);
     assert!(args.indptr.len() > num_experts);
@@ -62,5 +62,5 @@ pub(crate) fn grouped_linear(device: &dyn Device, args: &GroupedLinear<'_>) -> R
     let num_tiles = num_routes / TILE + num_routes.min(num_experts);
     let grid = [n.div_ceil(TILE) as u32, num_tiles as u32, 1];
     // SAFETY: the lengths were checked above; `indptr` and `rows_of` are those of the batch.
-    unsafe { launch(device, &KERNEL, grid, &params) }
+    unsafe { launch(device, &dtype.of(KERNELS), grid, &params) }
 }

@@ -1,12 +1,11 @@
 //! Rows as e4m3 with a scale each; see `quantize.cu`.
 
-use half::bf16;
-
-use super::{ROW_MULTIPLE, launch, row_kernel};
+use super::{ROW_MULTIPLE, ROW_SHARED_BYTES, ROW_THREADS, launch};
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::half_vec::{HalfVec, half_kernels};
 use crate::gpu::memory::DeviceVec;
 
-const KERNEL: Kernel = row_kernel("quantize");
+const KERNELS: [Kernel; 2] = half_kernels!("quantize", ROW_THREADS, ROW_SHARED_BYTES);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -22,7 +21,7 @@ pub(crate) fn quantize(
     device: &dyn Device,
     num_rows: usize,
     size: usize,
-    x: &DeviceVec<bf16>,
+    x: &HalfVec,
     out: &DeviceVec<u8>,
     out_scale: &DeviceVec<f32>,
 ) -> Result<(), DeviceError> {
@@ -31,5 +30,5 @@ pub(crate) fn quantize(
     let params =
         Params { x: x.address(), out: out.address(), out_scale: out_scale.address(), size: size as u32 };
     // SAFETY: the lengths were checked above.
-    unsafe { launch(device, &KERNEL, [num_rows as u32, 1, 1], &params) }
+    unsafe { launch(device, &x.dtype().of(KERNELS), [num_rows as u32, 1, 1], &params) }
 }

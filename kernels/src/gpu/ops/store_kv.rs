@@ -1,19 +1,19 @@
 //! Biases, norms and rotation of heads, and keys and values to their slots; see `store_kv.cu`.
 
-use half::bf16;
-
 use super::launch;
 use crate::gpu::device::{Address, Device, DeviceError, Kernel};
+use crate::gpu::half_vec::{HalfVec, half_kernels};
 use crate::gpu::memory::{DeviceSlice, DeviceVec};
 
 const WARPS: u32 = 8;
-const KERNEL: Kernel = Kernel { name: "store_kv", source: "store_kv", block: WARPS * 32, shared_bytes: 0 };
+const KERNELS: [Kernel; 2] = half_kernels!("store_kv", WARPS * 32, 0);
 
 /// Numbers of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvDtype {
+    /// As activations.
     #[default]
-    Bf16,
+    Half,
     /// As they are, without a scale; beyond 448 they are cut.
     E4m3,
 }
@@ -21,7 +21,7 @@ pub enum KvDtype {
 impl KvDtype {
     pub(crate) fn size_bytes(self) -> usize {
         match self {
-            Self::Bf16 => 2,
+            Self::Half => 2,
             Self::E4m3 => 1,
         }
     }
@@ -36,7 +36,7 @@ pub(crate) struct StoreKv<'a> {
     pub(crate) stride: usize,
     pub(crate) page_size: usize,
     /// `[num_rows, num_heads + 2 * num_kv_heads, stride]`
-    pub(crate) qkv: &'a DeviceVec<bf16>,
+    pub(crate) qkv: &'a HalfVec,
     /// `[num_heads + 2 * num_kv_heads, stride]`
     pub(crate) bias: Option<&'a DeviceVec<f32>>,
     /// `[head_dim]` each, of queries and keys.
@@ -48,7 +48,7 @@ pub(crate) struct StoreKv<'a> {
     /// `[num_rows]`, -1 for rows of padding.
     pub(crate) slots: DeviceSlice<'a, i32>,
     /// `[num_rows, num_heads, stride]`
-    pub(crate) queries: &'a DeviceVec<bf16>,
+    pub(crate) queries: &'a HalfVec,
     /// `[pages, 2, num_kv_heads, page_size, stride]`
     pub(crate) kv: &'a DeviceVec<u8>,
     pub(crate) kv_dtype: KvDtype,
@@ -85,6 +85,8 @@ pub(crate) fn store_kv(device: &dyn Device, args: &StoreKv<'_>) -> Result<(), De
     assert!(args.norms.is_none_or(|norms| norms.iter().all(|norm| norm.len() == args.head_dim)));
     assert!(args.positions.len() >= args.num_rows && args.slots.len() >= args.num_rows);
     assert!(args.queries.len() >= args.num_rows * args.num_heads * args.stride);
+    let dtype = args.qkv.dtype();
+    assert_eq!(args.queries.dtype(), dtype);
     let [q_norm, k_norm] = args.norms.map_or([Address::NULL; 2], |norms| norms.map(|norm| norm.address()));
     let params = Params {
         qkv: args.qkv.address(),
@@ -108,5 +110,5 @@ pub(crate) fn store_kv(device: &dyn Device, args: &StoreKv<'_>) -> Result<(), De
     let blocks = (args.num_rows * num_all).div_ceil(WARPS as usize);
     // SAFETY: the lengths were checked above; positions are below those of the table and slots within the cache, as
     // the batch was checked.
-    unsafe { launch(device, &KERNEL, [blocks as u32, 1, 1], &params) }
+    unsafe { launch(device, &dtype.of(KERNELS), [blocks as u32, 1, 1], &params) }
 }

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::{ElapsedFn, best_rate};
 use crate::backend::AttentionShape;
 use crate::gpu::device::{Device, DeviceError};
+use crate::gpu::half_vec::{HalfDtype, HalfVec};
 use crate::gpu::memory::{DeviceSlice, DeviceVec};
 use crate::gpu::ops::{AttentionArgs, AttentionParts, PagedKv, attention, quantize, randomize};
 use crate::gpu::plan::{AttentionPlan, PlanLayout, PlanOptions};
@@ -33,7 +32,7 @@ pub fn attention_seconds(
     [num_seqs, num_before, num_rows]: [u32; 3],
     elapsed: ElapsedFn<'_>,
 ) -> Result<f64, GpuError> {
-    let device = &gpu.device;
+    let (device, dtype) = (&gpu.device, options.dtype.unwrap_or_default());
     let seq_pages = (num_before + num_rows).div_ceil(PAGE_SIZE as u32);
     let mut batch = StepBatch::default();
     for seq in 0..num_seqs {
@@ -49,7 +48,7 @@ pub fn attention_seconds(
         num_pages: (num_seqs * seq_pages) as usize,
         scale: (heads.head_dim as f32).powf(-0.5),
     };
-    let kv = Kv::new(device, &shape, options.kv_dtype)?;
+    let kv = Kv::new(device, &shape, dtype, options.kv_dtype)?;
     let sizes = [batch.num_tokens(), batch.num_seqs()];
     let mut plan = AttentionPlan::new(PlanOptions::of_steps(&**device, &shape, options, sizes));
     plan.plan(&batch);
@@ -58,9 +57,9 @@ pub fn attention_seconds(
     plan.write(&batch, &layout, &mut words);
     let words = DeviceVec::from_slice(device, &words)?;
     let positions = DeviceVec::from_slice(device, &batch.positions)?;
-    let query = DeviceVec::<bf16>::new(device, batch.num_tokens() * shape.q_len())?;
+    let query = HalfVec::new(device, dtype, batch.num_tokens() * shape.q_len())?;
     randomize(&**device, 3, 1.0, &query)?;
-    let out = DeviceVec::new(device, query.len())?;
+    let out = HalfVec::new(device, dtype, query.len())?;
     let parts = AttentionParts::new(device, &shape, plan.size().part_rows)?;
     let args = AttentionArgs {
         shape: &shape,
@@ -78,17 +77,22 @@ pub fn attention_seconds(
 
 /// Random keys and values.
 enum Kv {
-    Bf16(DeviceVec<bf16>),
+    Half(HalfVec),
     E4m3(DeviceVec<u8>),
 }
 
 impl Kv {
-    fn new(device: &Arc<dyn Device>, shape: &AttentionShape, dtype: KvDtype) -> Result<Self, DeviceError> {
+    fn new(
+        device: &Arc<dyn Device>,
+        shape: &AttentionShape,
+        half: HalfDtype,
+        dtype: KvDtype,
+    ) -> Result<Self, DeviceError> {
         let num_rows = shape.num_slots() * 2 * shape.num_kv_heads;
-        let values = DeviceVec::new(device, num_rows * shape.head_dim)?;
+        let values = HalfVec::new(device, half, num_rows * shape.head_dim)?;
         randomize(&**device, 4, 1.0, &values)?;
-        if dtype == KvDtype::Bf16 {
-            return Ok(Self::Bf16(values));
+        if dtype == KvDtype::Half {
+            return Ok(Self::Half(values));
         }
         let (rounded, scale) = (DeviceVec::new(device, values.len())?, DeviceVec::new(device, num_rows)?);
         quantize(&**device, num_rows, shape.head_dim, &values, &rounded, &scale)?;
@@ -97,7 +101,7 @@ impl Kv {
 
     fn paged(&self) -> PagedKv<'_> {
         match self {
-            Self::Bf16(values) => PagedKv::Bf16(DeviceSlice::from(values)),
+            Self::Half(values) => PagedKv::Half(values.bits()),
             Self::E4m3(values) => PagedKv::E4m3(DeviceSlice::from(values)),
         }
     }
@@ -116,7 +120,7 @@ mod tests {
         let gpu = Gpu { device: EmulatedDevice::new(0).shared() };
         let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 64 };
         for (kv_dtype, deterministic) in
-            [(KvDtype::Bf16, false), (KvDtype::Bf16, true), (KvDtype::E4m3, false)]
+            [(KvDtype::Half, false), (KvDtype::Half, true), (KvDtype::E4m3, false)]
         {
             let options = GpuOptions { kv_dtype, deterministic, ..GpuOptions::default() };
             for seqs in [[1, 0, 200], [3, 70, 1]] {

@@ -4,6 +4,7 @@ mod world;
 
 use self::world::{OnDevice, Seq, World};
 use super::*;
+use crate::gpu::HalfDtype::{Bf16, F16};
 use crate::gpu::plan::{AttentionPlan, PlanLayout, PlanSize};
 
 /// Decodes of many lengths, a prefill, a chunk behind a long prefix, a few rows to verify, a first token.
@@ -40,23 +41,23 @@ fn family() -> Vec<Seq> {
 fn check(world: World, seqs: &[Seq]) {
     let expected = world.expected(seqs);
     for device in devices() {
-        let actual = to_f32(&world.run(&device, seqs));
-        assert_close(&actual, &expected, BF16_TOLERANCE, &format!("{world:?}"));
+        let actual = world.run(&device, seqs);
+        assert_close(&actual, &expected, tolerance(world.dtype), &format!("{world:?}"));
     }
 }
 
 /// Under one order.
-fn run(world: World, seqs: &[Seq]) -> Vec<u16> {
+fn run(world: World, seqs: &[Seq]) -> Vec<u32> {
     let device = device(2);
-    world.run(&device, seqs).into_iter().map(bf16::to_bits).collect()
+    world.run(&device, seqs).into_iter().map(f32::to_bits).collect()
 }
 
-/// Short, for planted mistakes: both sizes of tiles, parts and their merge, a window, both kinds of numbers.
+/// Short, for planted mistakes: both sizes of tiles, parts and their merge, a window, all kinds of numbers.
 #[test]
 fn a_few_rows() {
     let seqs = [Seq::new(1, 200, 1), Seq::new(2, 100, 10), Seq::new(3, 0, 20)];
     check(World::PLAIN, &seqs);
-    check(World { is_e4m3: true, window: Some(70), ..World::PLAIN }, &seqs);
+    check(World { dtype: F16, is_e4m3: true, window: Some(70), ..World::PLAIN }, &seqs);
 }
 
 #[test]
@@ -64,16 +65,24 @@ fn ragged_batches() {
     let plain = World::PLAIN;
     let heads = |num_heads, num_kv_heads| World { num_heads, num_kv_heads, ..plain };
     for world in [
-        World { page_size: 64, ..heads(2, 2) },
+        World { dtype: F16, page_size: 64, ..heads(2, 2) },
         World { page_size: 4096, ..heads(4, 2) },
-        World { page_size: 32, window: Some(100), ..heads(3, 1) },
+        World { dtype: F16, page_size: 32, window: Some(100), ..heads(3, 1) },
         World { batch_invariant: true, ..heads(4, 1) },
         World { is_e4m3: true, page_size: 128, ..heads(8, 1) },
         World { head_dim: 128, ..heads(4, 2) },
-        World { head_dim: 128, page_size: 256, window: Some(1), ..heads(4, 1) },
-        World { head_dim: 128, is_e4m3: true, window: Some(129), batch_invariant: true, ..heads(2, 1) },
-        World { head_dim: 256, ..heads(2, 1) },
-        World { head_dim: 256, is_e4m3: true, window: Some(64), ..heads(3, 1) },
+        World { dtype: F16, head_dim: 128, page_size: 256, window: Some(1), ..heads(4, 1) },
+        World {
+            dtype: F16,
+            head_dim: 128,
+            is_e4m3: true,
+            window: Some(129),
+            batch_invariant: true,
+            ..heads(2, 1)
+        },
+        World { dtype: F16, head_dim: 256, ..heads(2, 1) },
+        World { dtype: F16, head_dim: 256, is_e4m3: true, window: Some(64), ..heads(3, 1) },
+        World { head_dim: 256, is_e4m3: true, ..heads(2, 1) },
         World { head_dim: 256, batch_invariant: true, ..heads(4, 1) },
     ] {
         check(world, &ragged());
@@ -94,8 +103,8 @@ fn long_chunks_on_hopper() {
     let hopper = World { wide_tiles: true, ..World::PLAIN };
     for world in [
         World { num_heads: 3, num_kv_heads: 1, window: Some(100), ..hopper },
-        World { page_size: 64, num_heads: 8, window: Some(1), ..hopper },
-        World { page_size: 256, head_dim: 128, ..hopper },
+        World { dtype: F16, page_size: 64, num_heads: 8, window: Some(1), ..hopper },
+        World { dtype: F16, page_size: 256, head_dim: 128, ..hopper },
         World { page_size: 128, head_dim: 128, window: Some(140), num_kv_heads: 1, ..hopper },
     ] {
         check(world, &seqs);
@@ -121,13 +130,13 @@ fn sequences_that_share_pages() {
 }
 
 /// Rows by sequence and position: bits that must not depend on anything else.
-fn bits_of(world: World, batches: &[Vec<Seq>]) -> Vec<((u64, u32), Vec<u16>)> {
+fn bits_of(world: World, batches: &[Vec<Seq>]) -> Vec<((u64, u32), Vec<u32>)> {
     let row_len = world.num_heads * world.head_dim;
     let mut rows: Vec<_> = batches
         .iter()
         .flat_map(|seqs| {
             let keys = seqs.iter().flat_map(|seq| (0..seq.num_rows).map(|row| (seq.id, seq.first + row)));
-            keys.zip(run(world, seqs).chunks(row_len).map(<[u16]>::to_vec).collect::<Vec<_>>())
+            keys.zip(run(world, seqs).chunks(row_len).map(<[u32]>::to_vec).collect::<Vec<_>>())
         })
         .collect();
     rows.sort();
@@ -158,12 +167,16 @@ fn bits_do_not_depend_on_the_batch() {
         seqs.reverse();
         vec![seqs]
     };
-    for (head_dim, is_e4m3, window, num_heads) in
-        [(64, false, None, 3), (128, false, Some(90), 4), (64, true, Some(200), 2), (256, false, None, 4)]
-    {
+    for (dtype, head_dim, is_e4m3, window, num_heads) in [
+        (Bf16, 64, false, None, 3),
+        (F16, 128, false, Some(90), 4),
+        (Bf16, 64, true, Some(200), 2),
+        (F16, 256, false, None, 4),
+    ] {
         let num_kv_heads = 1;
         let world = World {
             batch_invariant: true,
+            dtype,
             head_dim,
             is_e4m3,
             window,
@@ -227,9 +240,9 @@ fn a_recorded_graph_takes_other_plans() {
         on_words.write(0, &words[..len]).unwrap();
         // SAFETY: as above.
         unsafe { device.launch_graph(graph).unwrap() };
-        let actual = to_f32(&on_device.out.read().unwrap());
+        let actual = on_device.out.read().unwrap();
         let (rows, beyond) = actual.split_at(expected.len());
-        assert_close(rows, &expected, BF16_TOLERANCE, "graph");
+        assert_close(rows, &expected, tolerance(world.dtype), "graph");
         assert!(beyond.iter().all(|x| x.is_nan()));
         device.drop_graph(graph);
     }

@@ -95,22 +95,22 @@ fn check_sorted(
 
 /// An expert a route, by expert.
 fn products(
-    device: &Arc<dyn Device>,
+    (device, dtype): (&Arc<dyn Device>, HalfDtype),
     (n, k): (usize, usize),
     (x, weight): (&[f32], &[f32]),
     indptr: &[u32],
     rows_of: Option<&[u32]>,
-) -> Vec<bf16> {
+) -> Vec<f32> {
     let num_routes = *indptr.last().unwrap() as usize;
     let rows_of = rows_of.map(|rows| put(device, rows));
-    let out = fresh(device, num_routes * n);
+    let out = fresh_half(device, dtype, num_routes * n);
     let args = GroupedLinear {
         num_routes,
         num_experts: indptr.len() - 1,
         n,
         k,
-        x: &put(device, &to_bf16(x)),
-        weight: &put(device, &to_bf16(weight)),
+        x: &put_half(device, dtype, x),
+        weight: &put_half(device, dtype, weight),
         indptr: &put(device, indptr),
         rows_of: rows_of.as_ref(),
         out: &out,
@@ -137,8 +137,9 @@ fn every_route_is_multiplied_by_its_expert() {
         let num_routes = *indptr.last().unwrap() as usize;
         let num_rows = num_routes.div_ceil(2);
         let rows_of: Vec<u32> = (0..num_routes).map(|route| (route * 7 % num_rows) as u32).collect();
-        let x = rounded(random(seed, num_routes * k));
-        let weight = rounded(random(seed + 50, num_experts * n * k));
+        let dtype = HALF_DTYPES[seed as usize % 2];
+        let x = rounded(dtype, random(seed, num_routes * k));
+        let weight = rounded(dtype, random(seed + 50, num_experts * n * k));
         let expected = |rows_of: Option<&[u32]>| {
             let mut out = Vec::new();
             for (route, expert) in
@@ -153,8 +154,8 @@ fn every_route_is_multiplied_by_its_expert() {
         for rows_of in [None, Some(&rows_of[..])] {
             let expected = expected(rows_of);
             for device in devices() {
-                let out = products(&device, (n, k), (&x, &weight), &indptr, rows_of);
-                assert_close(&to_f32(&out), &expected, BF16_TOLERANCE, "products");
+                let out = products((&device, dtype), (n, k), (&x, &weight), &indptr, rows_of);
+                assert_close(&out, &expected, tolerance(dtype), "products");
             }
         }
     }
@@ -164,18 +165,20 @@ fn every_route_is_multiplied_by_its_expert() {
 fn a_product_does_not_depend_on_the_batch() {
     let (n, k) = (72, 264);
     let (x, weight) = (random(1, 200 * k), random(2, 3 * n * k));
-    let device = device(3);
-    let together = products(&device, (n, k), (&x, &weight), &[0, 10, 140, 200], None);
+    let device = (&device(3), HalfDtype::F16);
+    let together = products(device, (n, k), (&x, &weight), &[0, 10, 140, 200], None);
     // Route 77 is of expert 1, in its second tile; alone, it is the only one.
-    let alone = products(&device, (n, k), (&x, &weight), &[0, 0, 1, 1], Some(&[77]));
+    let alone = products(device, (n, k), (&x, &weight), &[0, 0, 1, 1], Some(&[77]));
     assert_eq!(alone, together[77 * n..][..n]);
 }
 
 #[test]
 fn answers_are_mixed_in_the_order_of_the_experts() {
-    for (num_tokens, num_chosen, size) in [(1, 1, 8), (5, 2, 1032), (9, 8, 64)] {
+    let shapes = [(1, 1, 8), (5, 2, 1032), (9, 8, 64)];
+    let cases = HALF_DTYPES.into_iter().flat_map(|dtype| shapes.map(|shape| (dtype, shape)));
+    for (dtype, (num_tokens, num_chosen, size)) in cases {
         let num_routes = num_tokens * num_chosen;
-        let answers = rounded(random(3, num_routes * size));
+        let answers = rounded(dtype, random(3, num_routes * size));
         let weights = random(4, num_routes);
         let routes_of: Vec<u32> = (0..num_routes).map(|i| ((i * 7 + 1) % num_routes) as u32).collect();
         let mut expected = vec![0.0; num_tokens * size];
@@ -186,18 +189,18 @@ fn answers_are_mixed_in_the_order_of_the_experts() {
             }
         }
         for device in devices() {
-            let out = fresh(&device, num_tokens * size);
+            let out = fresh_half(&device, dtype, num_tokens * size);
             let args = Combine {
                 num_tokens,
                 num_chosen,
                 size,
-                answers: &put(&device, &to_bf16(&answers)),
+                answers: &put_half(&device, dtype, &answers),
                 weights: &put(&device, &weights),
                 routes_of: &put(&device, &routes_of),
                 out: &out,
             };
             combine(&*device, &args).unwrap();
-            assert_eq!(out.read().unwrap(), to_bf16(&expected));
+            assert_eq!(out.read().unwrap(), rounded(dtype, expected.clone()));
         }
     }
 }

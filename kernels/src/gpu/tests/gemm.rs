@@ -13,13 +13,15 @@ struct Operand {
 
 fn operand(device: &Arc<dyn Device>, seed: u64, num_rows: usize, k: usize, input: GemmInput) -> Operand {
     let numbers = random(seed, num_rows * k);
+    let half = |dtype: HalfDtype, numbers: Vec<f32>| {
+        let bits: Vec<u8> = numbers.iter().flat_map(|&x| dtype.round(x).to_le_bytes()).collect();
+        Operand { bytes: put(device, &bits), scale: None, values: rounded(dtype, numbers) }
+    };
     match input {
-        GemmInput::Bf16 => {
-            let bits: Vec<u8> = to_bf16(&numbers).iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
-            Operand { bytes: put(device, &bits), scale: None, values: rounded(numbers) }
-        }
+        GemmInput::Bf16 => half(HalfDtype::Bf16, numbers),
+        GemmInput::F16 => half(HalfDtype::F16, numbers),
         GemmInput::E4m3 => {
-            let scales: Vec<f32> = (0..num_rows).map(|row| 0.25 + (row % 5) as f32).collect();
+            let scales: Vec<f32> = (0..num_rows).map(|row| (0.25 + (row % 5) as f32) / 448.0).collect();
             let bytes: Vec<u8> = numbers.iter().map(|x| e4m3::from_f32(x * 448.0)).collect();
             let value = |(i, &x): (usize, &u8)| e4m3::to_f32(x) * scales[i / k];
             let values = bytes.iter().enumerate().map(value).collect();
@@ -53,12 +55,14 @@ fn multiply(
         // SAFETY: the operands have these shapes, or more rows of x, and live until the result was read.
         unsafe { device.gemm(&gemm).unwrap() };
     };
+    let half = |dtype| {
+        let out = fresh_half(device, dtype, m * n);
+        product(out.address());
+        out.read().unwrap()
+    };
     match output {
-        GemmOutput::Bf16 => {
-            let out: DeviceVec<bf16> = fresh(device, m * n);
-            product(out.address());
-            to_f32(&out.read().unwrap())
-        }
+        GemmOutput::Bf16 => half(HalfDtype::Bf16),
+        GemmOutput::F16 => half(HalfDtype::F16),
         GemmOutput::F32 => {
             let out: DeviceVec<f32> = fresh(device, m * n);
             product(out.address());
@@ -67,10 +71,13 @@ fn multiply(
     }
 }
 
-const KINDS: [(GemmInput, GemmOutput); 4] = [
+const KINDS: [(GemmInput, GemmOutput); 7] = [
     (GemmInput::Bf16, GemmOutput::Bf16),
     (GemmInput::Bf16, GemmOutput::F32),
+    (GemmInput::F16, GemmOutput::F16),
+    (GemmInput::F16, GemmOutput::F32),
     (GemmInput::E4m3, GemmOutput::Bf16),
+    (GemmInput::E4m3, GemmOutput::F16),
     (GemmInput::E4m3, GemmOutput::F32),
 ];
 
@@ -92,9 +99,10 @@ fn products_are_right() {
                     let out = multiply(&device, (&x, &weight), [m, n, k], kind, batch_invariant);
                     // Products of e4m3 may be added up with fewer bits.
                     let tolerance = match kind {
-                        (GemmInput::Bf16, GemmOutput::F32) => 1e-5,
-                        (GemmInput::E4m3, GemmOutput::F32) => 5e-3,
-                        (_, GemmOutput::Bf16) => BF16_TOLERANCE,
+                        (GemmInput::E4m3, GemmOutput::F32 | GemmOutput::F16) => 5e-3,
+                        (_, GemmOutput::F32) => 1e-5,
+                        (_, GemmOutput::Bf16) => tolerance(HalfDtype::Bf16),
+                        (_, GemmOutput::F16) => tolerance(HalfDtype::F16),
                     };
                     assert_close(&out, &expected, tolerance, &format!("{kind:?} {m} {n} {k}"));
                 }

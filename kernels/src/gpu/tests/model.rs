@@ -12,8 +12,9 @@ use crate::sample::{penalize, sample};
 use crate::step::{Model, PageId, SamplingParams, StepBatch, TokenUse};
 
 const FAMILIES: [&str; 6] = ["llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3"];
-/// Relative to the largest logit: activations of some layers rounded to 8 bits of mantissa, or to 4.
+/// Relative to the largest logit: activations of some layers rounded to 8 bits of mantissa, to 11 or to 4.
 const MODEL_BF16_TOLERANCE: f32 = 0.04;
+const MODEL_F16_TOLERANCE: f32 = 0.005;
 const MODEL_E4M3_TOLERANCE: f32 = 0.25;
 
 fn checkpoint(family: &str) -> Checkpoint {
@@ -67,6 +68,11 @@ fn logits_are_those_of_the_reference() {
             let options = GpuOptions { deterministic, ..GpuOptions::default() };
             let actual = model(&device, family, options, 16).logits(&batch).unwrap();
             assert_close(&actual, &expected, MODEL_BF16_TOLERANCE, family);
+        }
+        if family != "gemma3" {
+            let options = GpuOptions { dtype: Some(HalfDtype::F16), ..GpuOptions::default() };
+            let actual = model(&device, family, options, 16).logits(&batch).unwrap();
+            assert_close(&actual, &expected, MODEL_F16_TOLERANCE, &format!("{family} in f16"));
         }
         if family == "qwen3_moe" {
             continue;
@@ -444,6 +450,15 @@ fn memory_bounds_the_pages_and_too_little_says_what_fits() {
     drop(few);
     let error = new(KvMemory::Pages(1 << 20)).err().unwrap().to_string();
     assert!(error.contains("1048576 KV pages of 16384 bytes do not fit"), "{error}");
+}
+
+/// Gemma's activations would be infinite.
+#[test]
+fn a_family_that_needs_the_range_is_not_computed_in_f16() {
+    let gpu = Gpu { device: EmulatedDevice::new(0).shared() };
+    let options = GpuOptions { dtype: Some(HalfDtype::F16), ..GpuOptions::default() };
+    let error = GpuWeights::load(&gpu, &checkpoint("gemma3"), options).unwrap_err();
+    assert!(matches!(error, ModelError::Gpu(GpuError::NeedsRange)), "{error}");
 }
 
 /// Nothing is copied then: the whole is wanted at once.

@@ -13,10 +13,11 @@ fn norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
 #[test]
 fn adds_and_normalizes() {
     const EPSILON: f32 = 1e-5;
-    for (seed, (num_rows, size)) in [(1, 32), (3, 576), (5, 1000)].into_iter().enumerate() {
-        let seed = seed as u64;
+    let shapes = [(1, 32), (3, 576), (5, 1000)];
+    let cases = HALF_DTYPES.into_iter().flat_map(|dtype| shapes.map(|shape| (dtype, shape)));
+    for (seed, (dtype, (num_rows, size))) in (0..).zip(cases) {
         let residual = random(seed, num_rows * size);
-        let delta = rounded(random(seed + 10, num_rows * size));
+        let delta = rounded(dtype, random(seed + 10, num_rows * size));
         let weight = random(seed + 20, size);
         for has_post_norm in [false, true] {
             let post_norm = random(seed + 30, size);
@@ -31,21 +32,21 @@ fn adds_and_normalizes() {
             let expected: Vec<f32> = sums.chunks(size).flat_map(|x| norm(x, &weight, EPSILON)).collect();
             for device in devices() {
                 let stream = put(&device, &residual);
-                let (delta, weight) = (put(&device, &to_bf16(&delta)), put(&device, &weight));
+                let (delta, weight) = (put_half(&device, dtype, &delta), put(&device, &weight));
                 let post_norm = has_post_norm.then(|| put(&device, &post_norm));
-                let out = fresh(&device, num_rows * size);
+                let out = fresh_half(&device, dtype, num_rows * size);
                 let args = RmsNorm {
                     num_rows,
                     residual: &stream,
                     delta: Some(&delta),
                     weight: &weight,
                     post_norm: post_norm.as_ref(),
-                    out: RowsOut::Bf16(&out),
+                    out: RowsOut::Half(&out),
                     epsilon: EPSILON,
                 };
                 rms_norm(&*device, &args).unwrap();
                 assert_close(&stream.read().unwrap(), &sums, 1e-5, "stream");
-                assert_close(&to_f32(&out.read().unwrap()), &expected, BF16_TOLERANCE, "norm");
+                assert_close(&out.read().unwrap(), &expected, tolerance(dtype), "norm");
                 let (bytes, scale) = (fresh(&device, num_rows * size), fresh(&device, num_rows));
                 let args = RmsNorm { delta: None, out: RowsOut::E4m3(&bytes, &scale), ..args };
                 rms_norm(&*device, &args).unwrap();

@@ -25,7 +25,7 @@ fn spread(values: &[f32], head_dim: usize, stride: usize) -> Vec<f32> {
     values.chunks(head_dim).flat_map(pad).collect()
 }
 
-fn check(seed: u64, case: &Case) {
+fn check(seed: u64, dtype: HalfDtype, case: &Case) {
     let Case { num_heads, num_kv_heads, head_dim, stride, .. } = *case;
     let shape = AttentionShape {
         num_heads,
@@ -40,7 +40,7 @@ fn check(seed: u64, case: &Case) {
     let table = RopeTable::new(RopeTable::frequencies(head_dim, 1e4), NUM_POSITIONS);
     let rope: Vec<f32> =
         (0..NUM_POSITIONS as u32).flat_map(|p| [table.row(p).0, table.row(p).1].concat()).collect();
-    let qkv = rounded(random(seed, positions.len() * shape.qkv_len()));
+    let qkv = rounded(dtype, random(seed, positions.len() * shape.qkv_len()));
     let bias = random(seed + 1, shape.qkv_len());
     let norms = [random(seed + 2, head_dim), random(seed + 3, head_dim)];
     let mut expected = qkv.clone();
@@ -55,8 +55,8 @@ fn check(seed: u64, case: &Case) {
     let expected = spread(&expected, head_dim, stride);
     let row_len = (num_heads + 2 * num_kv_heads) * stride;
     for device in devices() {
-        for kv_dtype in [KvDtype::Bf16, KvDtype::E4m3] {
-            let queries = fresh(&device, positions.len() * num_heads * stride);
+        for kv_dtype in [KvDtype::Half, KvDtype::E4m3] {
+            let queries = fresh_half(&device, dtype, positions.len() * num_heads * stride);
             let kv_len = NUM_PAGES * 2 * num_kv_heads * PAGE_SIZE * stride;
             let kv = fresh(&device, kv_len * kv_dtype.size_bytes());
             let bias = put(&device, &spread(&bias, head_dim, stride));
@@ -69,7 +69,7 @@ fn check(seed: u64, case: &Case) {
                 head_dim,
                 stride,
                 page_size: PAGE_SIZE,
-                qkv: &put(&device, &to_bf16(&spread(&qkv, head_dim, stride))),
+                qkv: &put_half(&device, dtype, &spread(&qkv, head_dim, stride)),
                 bias: case.has_bias.then_some(&bias),
                 norms: case.has_norms.then_some([&norms[0], &norms[1]]),
                 rope: &put(&device, &rope),
@@ -82,10 +82,10 @@ fn check(seed: u64, case: &Case) {
             };
             store_kv(&*device, &args).unwrap();
             let bytes = kv.read().unwrap();
-            let (numbers, tolerance): (Vec<f32>, _) = match kv_dtype {
-                KvDtype::Bf16 => (
-                    bytes.as_chunks::<2>().0.iter().map(|&x| bf16::from_le_bytes(x).to_f32()).collect(),
-                    BF16_TOLERANCE,
+            let (numbers, kv_tolerance): (Vec<f32>, _) = match kv_dtype {
+                KvDtype::Half => (
+                    bytes.as_chunks::<2>().0.iter().map(|&x| dtype.to_f32(u16::from_le_bytes(x))).collect(),
+                    tolerance(dtype),
                 ),
                 KvDtype::E4m3 => (bytes.iter().map(|&x| e4m3::to_f32(x)).collect(), E4M3_TOLERANCE),
             };
@@ -99,7 +99,7 @@ fn check(seed: u64, case: &Case) {
                 for head in 0..2 * num_kv_heads {
                     let expected = &row[(num_heads + head) * stride..][..stride];
                     let at = ((page * 2 * num_kv_heads + head) * PAGE_SIZE + offset) * stride;
-                    assert_close(&numbers[at..at + stride], expected, tolerance, "keys and values");
+                    assert_close(&numbers[at..at + stride], expected, kv_tolerance, "keys and values");
                     written += stride;
                 }
             }
@@ -110,7 +110,7 @@ fn check(seed: u64, case: &Case) {
             );
             let expected: Vec<f32> =
                 expected.chunks(row_len).flat_map(|row| &row[..num_heads * stride]).copied().collect();
-            assert_close(&to_f32(&queries.read().unwrap()), &expected, BF16_TOLERANCE, "queries");
+            assert_close(&queries.read().unwrap(), &expected, tolerance(dtype), "queries");
         }
     }
 }
@@ -119,12 +119,17 @@ fn check(seed: u64, case: &Case) {
 fn heads_are_finished_and_stored() {
     let case =
         Case { num_heads: 4, num_kv_heads: 2, head_dim: 64, stride: 64, has_bias: false, has_norms: false };
-    check(1, &case);
-    check(2, &Case { has_bias: true, ..case });
-    check(3, &Case { has_norms: true, num_kv_heads: 1, head_dim: 32, ..case });
-    check(4, &Case { has_norms: true, head_dim: 256, stride: 256, num_heads: 3, num_kv_heads: 3, ..case });
-    check(5, &Case { has_bias: true, has_norms: true, head_dim: 16, ..case });
-    check(6, &Case { head_dim: 128, stride: 128, num_heads: 7, num_kv_heads: 1, ..case });
+    use HalfDtype::{Bf16, F16};
+    check(1, Bf16, &case);
+    check(2, F16, &Case { has_bias: true, ..case });
+    check(3, F16, &Case { has_norms: true, num_kv_heads: 1, head_dim: 32, ..case });
+    check(
+        4,
+        Bf16,
+        &Case { has_norms: true, head_dim: 256, stride: 256, num_heads: 3, num_kv_heads: 3, ..case },
+    );
+    check(5, Bf16, &Case { has_bias: true, has_norms: true, head_dim: 16, ..case });
+    check(6, F16, &Case { head_dim: 128, stride: 128, num_heads: 7, num_kv_heads: 1, ..case });
 }
 
 #[test]

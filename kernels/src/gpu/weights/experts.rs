@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::{GpuOptions, Maker, WeightDtype};
 use crate::gpu::GpuError;
 use crate::gpu::device::{Device, DeviceError};
-use crate::gpu::memory::DeviceVec;
+use crate::gpu::half_vec::{HalfDtype, HalfVec};
 use crate::gpu::ops::Matrix;
 use crate::models::weights::{Dense, Experts};
 use crate::models::{ExpertsConfig, ModelConfig, ModelError};
@@ -17,9 +15,9 @@ pub(in crate::gpu) struct GpuExperts {
     /// A score for each expert.
     pub(in crate::gpu) router: Matrix,
     /// `[num_experts, 2 * intermediate_size, hidden_size]`: gates, then ups.
-    pub(in crate::gpu) gate_up: DeviceVec<bf16>,
+    pub(in crate::gpu) gate_up: HalfVec,
     /// `[num_experts, hidden_size, intermediate_size]`
-    pub(in crate::gpu) down: DeviceVec<bf16>,
+    pub(in crate::gpu) down: HalfVec,
 }
 
 impl GpuExperts {
@@ -32,20 +30,21 @@ impl GpuExperts {
     }
 }
 
-fn stack(device: &Arc<dyn Device>, matrices: Vec<Matrix>) -> Result<DeviceVec<bf16>, DeviceError> {
-    let len = matrices.iter().map(|matrix| matrix.bf16().len()).sum();
-    let all = DeviceVec::new(device, len)?;
+fn stack(device: &Arc<dyn Device>, matrices: Vec<Matrix>) -> Result<HalfVec, DeviceError> {
+    let dtype = matrices.first().map_or(HalfDtype::default(), |matrix| matrix.half().dtype());
+    let len = matrices.iter().map(|matrix| matrix.half().len()).sum();
+    let all = HalfVec::new(device, dtype, len)?;
     let mut first = 0;
     for matrix in matrices {
-        let part = matrix.bf16();
+        let part = matrix.half();
         // SAFETY: the parts are of the length summed above, and each stays until it is dropped, behind a wait.
-        unsafe { device.copy(all.at(first), part.address(), part.len() * size_of::<bf16>())? };
+        unsafe { device.copy(all.at(first), part.address(), part.len() * size_of::<u16>())? };
         first += part.len();
     }
     Ok(all)
 }
 
-/// Experts are computed in bf16 only.
+/// Experts are computed in 16 bits only.
 pub(super) fn check(config: &ModelConfig, options: GpuOptions) -> Result<(), ModelError> {
     match (config.experts, options.weight_dtype) {
         (Some(_), WeightDtype::E4m3) => Err(GpuError::RoundedExperts.into()),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{GpuFeedForward, GpuLayer, GpuOptions, GpuWeights, Heads, finish_matrix};
 use crate::backend::RopeTable;
 use crate::gpu::Gpu;
+use crate::gpu::half_vec::HalfVec;
 use crate::gpu::memory::DeviceVec;
 use crate::gpu::ops::{Matrix, randomize};
 use crate::models::weights::MatrixRole;
@@ -16,10 +17,11 @@ impl GpuWeights {
         assert!(config.experts.is_none(), "random weights are those of a dense model");
         let heads = Heads::of(&config)?;
         let device = &gpu.device;
+        let dtype = options.dtype.unwrap_or_default();
         let mut seed = 0;
         let mut matrix = |role, num_outputs: usize, num_inputs: usize| -> Result<Matrix, ModelError> {
             seed += 1;
-            let values = DeviceVec::new(device, num_outputs * num_inputs)?;
+            let values = HalfVec::new(device, dtype, num_outputs * num_inputs)?;
             randomize(&**device, seed, (num_inputs as f32).powf(-0.5), &values)?;
             Ok(finish_matrix(device, role, options, num_outputs, num_inputs, values)?)
         };
@@ -64,6 +66,7 @@ impl GpuWeights {
             window_rope: config.window_rope.map(|rope| table(rope.frequencies(heads.head_dim))),
             device: Arc::clone(device),
             config,
+            dtype,
             options,
         }))
     }

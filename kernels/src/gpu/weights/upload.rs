@@ -3,10 +3,9 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use half::bf16;
-
 use crate::gpu::device::{Device, DeviceError, Event};
-use crate::gpu::memory::{DeviceVec, PinnedVec};
+use crate::gpu::half_vec::HalfVec;
+use crate::gpu::memory::PinnedVec;
 
 /// Of a buffer. Large enough that a copy runs at the speed of the bus.
 const BUFFER_BYTES: usize = 32 << 20;
@@ -16,19 +15,19 @@ const MIN_THREAD_BYTES: usize = 1 << 20;
 
 pub(super) struct Uploader {
     device: Arc<dyn Device>,
-    buffers: [PinnedVec<bf16>; 2],
+    buffers: [PinnedVec<u16>; 2],
     /// When each buffer was copied.
     copied: [Option<Event>; 2],
     next: usize,
     num_threads: usize,
 }
 
-/// Writes a row; the middle argument has room for it as f32.
-pub(super) type FillRow<'a> = dyn Fn(usize, &mut [f32], &mut [bf16]) + Sync + 'a;
+/// Writes a row of 16-bit floats; the middle argument has room for it as f32.
+pub(super) type FillRow<'a> = dyn Fn(usize, &mut [f32], &mut [u16]) + Sync + 'a;
 
 impl Uploader {
     pub(super) fn new(device: &Arc<dyn Device>) -> Result<Self, DeviceError> {
-        let buffer = || PinnedVec::new(device, BUFFER_BYTES / size_of::<bf16>());
+        let buffer = || PinnedVec::new(device, BUFFER_BYTES / size_of::<u16>());
         let num_threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_THREADS);
         let (device, buffers) = (Arc::clone(device), [buffer()?, buffer()?]);
         Ok(Self { device, buffers, copied: [None; 2], next: 0, num_threads })
@@ -40,7 +39,7 @@ impl Uploader {
         row_len: usize,
         wide_len: usize,
         fill_row: &FillRow<'_>,
-        to: &DeviceVec<bf16>,
+        to: &HalfVec,
     ) -> Result<(), DeviceError> {
         let num_rows = to.len() / row_len;
         let rows_per_buffer = self.buffers[0].as_slice().len() / row_len;
@@ -53,7 +52,7 @@ impl Uploader {
                 self.device.wait(event)?;
             }
             let buffer = &mut self.buffers[index].as_mut_slice()[..num_rows * row_len];
-            let fill_row = |row: usize, wide: &mut [f32], out: &mut [bf16]| fill_row(first + row, wide, out);
+            let fill_row = |row: usize, wide: &mut [f32], out: &mut [u16]| fill_row(first + row, wide, out);
             fill(buffer, row_len, wide_len, self.num_threads, &fill_row);
             // SAFETY: both ranges were checked, and the buffer stays until the event, which is waited for.
             unsafe {
@@ -66,10 +65,10 @@ impl Uploader {
 }
 
 /// Fills rows on several threads.
-fn fill(buffer: &mut [bf16], row_len: usize, wide_len: usize, num_threads: usize, fill_row: &FillRow<'_>) {
+fn fill(buffer: &mut [u16], row_len: usize, wide_len: usize, num_threads: usize, fill_row: &FillRow<'_>) {
     let num_threads = num_threads.min(size_of_val(buffer).div_ceil(MIN_THREAD_BYTES));
     let rows_per_thread = (buffer.len() / row_len).div_ceil(num_threads);
-    let run = |first: usize, rows: &mut [bf16]| {
+    let run = |first: usize, rows: &mut [u16]| {
         let mut wide = vec![0.0; wide_len];
         for (row, out) in rows.chunks_exact_mut(row_len).enumerate() {
             fill_row(first + row, &mut wide, out);

@@ -4,8 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use half::bf16;
-
+use crate::gpu::HalfDtype;
 use crate::quant::{Dtype, dequantize};
 
 /// What a matrix is for.
@@ -49,21 +48,22 @@ impl<'a> MatrixSource<'a> {
         self.saw(out.iter().all(|x| x.is_finite()));
     }
 
-    /// Writes row `index` as bf16, rounded to the nearest; `wide` has room for a row.
-    pub(crate) fn fill_bf16(&self, index: usize, wide: &mut [f32], out: &mut [bf16]) {
+    /// Writes row `index` as 16-bit floats, rounded to the nearest; `wide` has room for a row.
+    pub(crate) fn fill_half(&self, half: HalfDtype, index: usize, wide: &mut [f32], out: &mut [u16]) {
         let (dtype, data) = self.rows[index];
-        if dtype == Dtype::Bf16 {
+        if matches!((dtype, half), (Dtype::Bf16, HalfDtype::Bf16) | (Dtype::F16, HalfDtype::F16)) {
             for (bytes, out) in data.as_chunks::<2>().0.iter().zip(&mut *out) {
-                *out = bf16::from_le_bytes(*bytes);
+                *out = u16::from_le_bytes(*bytes);
             }
         } else {
             dequantize(dtype, data, wide);
             for (x, out) in wide.iter().zip(&mut *out) {
-                *out = bf16::from_f32(*x);
+                *out = half.round(*x);
             }
         }
         // Infinity and NaN have all bits of the exponent.
-        self.saw(out.iter().all(|x| x.to_bits() & 0x7f80 != 0x7f80));
+        let exponent = half.exponent();
+        self.saw(out.iter().all(|x| x & exponent != exponent));
     }
 
     /// Of the rows read so far.

@@ -46,6 +46,8 @@ pub(super) struct World {
     pub(super) head_dim: usize,
     pub(super) page_size: usize,
     pub(super) window: Option<u32>,
+    pub(super) dtype: HalfDtype,
+    /// Keys and values.
     pub(super) is_e4m3: bool,
     pub(super) batch_invariant: bool,
     pub(super) wide_tiles: bool,
@@ -66,6 +68,7 @@ impl World {
         head_dim: 64,
         page_size: 16,
         window: None,
+        dtype: HalfDtype::Bf16,
         is_e4m3: false,
         batch_invariant: false,
         wide_tiles: false,
@@ -108,7 +111,7 @@ impl World {
         if self.is_e4m3 && kind > 0 {
             values.into_iter().map(|x| e4m3::to_f32(e4m3::from_f32(x))).collect()
         } else {
-            rounded(values)
+            rounded(self.dtype, values)
         }
     }
 
@@ -166,7 +169,7 @@ impl World {
                 query.extend((0..self.num_heads).flat_map(head));
             }
         }
-        Step { shape, batch, kv, query: to_bf16(&query) }
+        Step { shape, batch, kv, query }
     }
 
     /// `[rows, heads, head_dim]` by plain loops.
@@ -208,7 +211,7 @@ impl World {
     }
 
     /// Plans and attends, with no more room than the plan takes.
-    pub(super) fn run(&self, device: &Arc<dyn Device>, seqs: &[Seq]) -> Vec<bf16> {
+    pub(super) fn run(&self, device: &Arc<dyn Device>, seqs: &[Seq]) -> Vec<f32> {
         let step = self.step(seqs);
         let mut plan = AttentionPlan::new(self.options(step.batch.num_tokens()));
         plan.plan(&step.batch);
@@ -225,11 +228,11 @@ pub(super) struct Step {
     pub(super) shape: AttentionShape,
     pub(super) batch: StepBatch,
     kv: Vec<f32>,
-    query: Vec<bf16>,
+    query: Vec<f32>,
 }
 
 enum Kv {
-    Bf16(DeviceVec<bf16>),
+    Half(HalfVec),
     E4m3(DeviceVec<u8>),
 }
 
@@ -238,10 +241,10 @@ pub(super) struct OnDevice {
     shape: AttentionShape,
     layout: PlanLayout,
     positions: DeviceVec<u32>,
-    query: DeviceVec<bf16>,
+    query: HalfVec,
     kv: Kv,
     parts: AttentionParts,
-    pub(super) out: DeviceVec<bf16>,
+    pub(super) out: HalfVec,
 }
 
 impl OnDevice {
@@ -249,21 +252,21 @@ impl OnDevice {
     pub(super) fn new(device: &Arc<dyn Device>, world: &World, step: &Step, layout: PlanLayout) -> Self {
         let PlanSize { tokens, part_rows, .. } = layout.room;
         let mut query = step.query.clone();
-        query.resize(tokens * step.shape.q_len(), bf16::NAN);
+        query.resize(tokens * step.shape.q_len(), f32::NAN);
         let mut positions = step.batch.positions.clone();
         positions.resize(tokens, u32::MAX);
         let kv = if world.is_e4m3 {
             let bytes: Vec<u8> = step.kv.iter().map(|&x| e4m3::from_f32(x)).collect();
             Kv::E4m3(put(device, &bytes))
         } else {
-            Kv::Bf16(put(device, &to_bf16(&step.kv)))
+            Kv::Half(put_half(device, world.dtype, &step.kv))
         };
         Self {
             shape: step.shape,
             layout,
             positions: put(device, &positions),
-            out: fresh(device, query.len()),
-            query: put(device, &query),
+            out: fresh_half(device, world.dtype, query.len()),
+            query: put_half(device, world.dtype, &query),
             kv,
             parts: AttentionParts::new(device, &step.shape, part_rows).unwrap(),
         }
@@ -278,7 +281,7 @@ impl OnDevice {
             positions: (&self.positions).into(),
             query: &self.query,
             kv: match &self.kv {
-                Kv::Bf16(kv) => PagedKv::Bf16(kv.into()),
+                Kv::Half(kv) => PagedKv::Half(kv.bits()),
                 Kv::E4m3(kv) => PagedKv::E4m3(kv.into()),
             },
             parts: &self.parts,
