@@ -78,6 +78,8 @@ pub struct EngineSnapshot {
     pub kv_pages_cached: u64,
     pub steps: u64,
     pub preemptions: u64,
+    pub swapped_out_pages: u64,
+    pub swapped_in_pages: u64,
     /// Answers that the model ended, and that reached `max_tokens`.
     pub stopped: u64,
     pub length_limited: u64,
@@ -172,6 +174,8 @@ impl Observed {
                 kv_pages_cached: load.kv_pages_cached.load(Ordering::Relaxed),
                 steps: load.steps.load(Ordering::Relaxed),
                 preemptions: load.preemptions.load(Ordering::Relaxed),
+                swapped_out_pages: load.swapped_out_pages.load(Ordering::Relaxed),
+                swapped_in_pages: load.swapped_in_pages.load(Ordering::Relaxed),
                 stopped: reading.num_stop,
                 length_limited: reading.num_length,
                 time_to_first_token: reading.time_to_first_token,

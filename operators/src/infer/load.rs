@@ -24,6 +24,9 @@ pub struct EngineLoad {
     /// Since the engine was started.
     pub steps: AtomicU64,
     pub preemptions: AtomicU64,
+    /// Pages of preempted sequences that went to the host's memory, and that came back.
+    pub swapped_out_pages: AtomicU64,
+    pub swapped_in_pages: AtomicU64,
 }
 
 impl EngineLoad {
@@ -39,6 +42,8 @@ impl EngineLoad {
         set(&self.open_tokens, open_tokens);
         set(&self.steps, stats.steps);
         set(&self.preemptions, stats.preemptions);
+        set(&self.swapped_out_pages, stats.swapped_out_pages);
+        set(&self.swapped_in_pages, stats.swapped_in_pages);
     }
 
     /// Tokens that the KV cache can hold.

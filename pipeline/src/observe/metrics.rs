@@ -220,6 +220,12 @@ fn engines(snapshot: &Snapshot) -> Vec<Metric> {
         counter("vllm:num_preemptions", "Sequences that gave up their KV pages", |one| {
             one.preemptions as f64
         }),
+        counter("tidemill_kv_pages_swapped_out", "KV pages copied to the host's memory", |one| {
+            one.swapped_out_pages as f64
+        }),
+        counter("tidemill_kv_pages_swapped_in", "KV pages copied back from it", |one| {
+            one.swapped_in_pages as f64
+        }),
         counter("tidemill_engine_steps", "Forward passes", |one| one.steps as f64),
     ]
 }

@@ -23,6 +23,7 @@ fn full() -> Snapshot {
             kv_pages_total: 4,
             kv_pages_in_use: 1,
             stopped: 3,
+            swapped_out_pages: 5,
             e2e_latency: time_to_first_token.clone(),
             time_to_first_token,
             ..EngineSnapshot::default()
@@ -41,6 +42,7 @@ fn figures_have_their_names_and_labels() {
     for line in [
         "vllm:prompt_tokens_total{pipeline=\"news\",model_name=\"fake\"} 7",
         "vllm:kv_cache_usage_perc{pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 0.25",
+        "tidemill_kv_pages_swapped_out_total{pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 5",
         "vllm:request_success_total{pipeline=\"news\",model_name=\"fake\",engine=\"0\",finished_reason=\"stop\"} 3",
         "vllm:time_to_first_token_seconds_bucket{le=\"0.5\",pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 1",
         "vllm:time_to_first_token_seconds_bucket{le=\"+Inf\",pipeline=\"news\",model_name=\"fake\",engine=\"0\"} 2",
