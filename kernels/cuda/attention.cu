@@ -15,6 +15,8 @@
 // 25 KiB. FLOPs: 4 * D a row and key. Decodes (up to 16 rows) are bound by memory; tiles of 64 rows by
 // reading shared memory, 32 KiB for 0.5 MFLOP a warp, which is as long as the products take: the class of
 // FlashAttention-2. Keys of e4m3 are copied as they are and widened by the thread that copied them.
+//
+// SASS: HMMA LDSM LDGSTS
 #include "attention.cuh"
 
 namespace {

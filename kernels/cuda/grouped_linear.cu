@@ -11,6 +11,8 @@
 // Bytes: an expert's weights once for each 64 of its routes, and a row of x for each 64 columns. Few routes
 // are bound by the bytes of the weights; many by mma.sync, which does not reach the peak of Hopper's tensor
 // cores.
+//
+// SASS: HMMA LDSM LDGSTS
 #include "ptx.cuh"
 
 namespace {

@@ -1,6 +1,7 @@
 //! What nvcc made of the kernels: no spills, nothing on a stack, and the instructions that a source counts on.
 //!
-//! A source says so in a line `// SASS: HGMMA UTMALDG`, or `// SASS sm_90a: HGMMA` for one architecture.
+//! A source says so in a line `// SASS: HGMMA UTMALDG`, or `// SASS sm_90a: HGMMA` for one architecture; it must where it
+//! calls what `WRAPPERS` lists. Each of its kernels has to have them.
 
 use std::path::Path;
 use std::process::Command;
@@ -85,8 +86,17 @@ fn promises<'a>(source: &'a Source, architectures: &[&'a str]) -> Vec<(&'a str, 
     promises
 }
 
-/// The disassembly of each architecture in an image.
-fn disassemble(nvcc: &str, image: &str) -> Vec<(String, String)> {
+/// Calls of a source, and the instruction that it counts on then.
+const WRAPPERS: [(&str, &str); 5] = [
+    (" mma<T>(", "HMMA"),
+    ("ldmatrix_x4<", "LDSM"),
+    ("cp_async16(", "LDGSTS"),
+    ("wgmma_64x128<T>(", "HGMMA"),
+    ("tma_load_2d(", "UTMALDG"),
+];
+
+/// Architecture, kernel and its code, of all in an image.
+fn disassemble(nvcc: &str, image: &str) -> Vec<(String, String, String)> {
     let folder = Path::new(nvcc).parent().unwrap();
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::iter::once(folder.to_owned()).chain(std::env::split_paths(&path));
@@ -94,11 +104,25 @@ fn disassemble(nvcc: &str, image: &str) -> Vec<(String, String)> {
     let output = Command::new("cuobjdump").args(["-sass", image]).env("PATH", path).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{image}: {}", String::from_utf8_lossy(&output.stderr));
-    let parts = text.split("\tcode for ").skip(1);
-    parts
-        .filter_map(|part| part.split_once('\n'))
-        .map(|(name, code)| (name.trim().into(), code.into()))
-        .collect()
+    let parts = text.split("\tcode for ").skip(1).filter_map(|part| part.split_once('\n'));
+    let kernels = |(architecture, code): (&str, &str)| {
+        let kernels = code.split("\tFunction : ").skip(1).filter_map(|part| part.split_once('\n'));
+        let architecture = architecture.trim().to_owned();
+        let named = kernels.map(|(name, code)| (architecture.clone(), name.trim().into(), code.into()));
+        named.collect::<Vec<_>>()
+    };
+    parts.flat_map(kernels).collect()
+}
+
+#[test]
+fn sources_promise_what_they_call() {
+    for source in SOURCES {
+        let promised = promises(source, &["any", "sm_80", "sm_90a"]);
+        for (call, instruction) in WRAPPERS.into_iter().filter(|(call, _)| source.text.contains(call)) {
+            let is_promised = promised.iter().any(|promise| promise.1 == instruction);
+            assert!(is_promised, "{}.cu calls {call} and does not promise {instruction}", source.name);
+        }
+    }
 }
 
 #[test]
@@ -122,15 +146,22 @@ fn kernels_have_the_instructions_that_they_promise() {
         let architectures: &[&str] =
             if source.name.ends_with("_hopper") { &["sm_90a"] } else { &["sm_80", "sm_90a"] };
         let code = disassemble(nvcc, image);
-        let names: Vec<&str> = code.iter().map(|code| code.0.as_str()).collect();
         for architecture in architectures {
-            assert!(names.contains(architecture), "{image} has code for {names:?}");
+            let has_it = code.iter().any(|(name, ..)| name == architecture);
+            assert!(has_it, "{image} has no code for {architecture}");
         }
-        for (architecture, instruction) in promises(source, architectures) {
-            let has_it = code.iter().any(|(name, code)| {
-                name == architecture && code.split_whitespace().any(|word| is_instruction(word, instruction))
-            });
-            assert!(has_it, "{}.cu has no {instruction} for {architecture}", source.name);
+        let promises = promises(source, architectures);
+        for (architecture, kernel, code) in &code {
+            let has = |instruction| code.split_whitespace().any(|word| is_instruction(word, instruction));
+            for (_, instruction) in promises.iter().filter(|promise| promise.0 == architecture) {
+                assert!(has(instruction), "{kernel} has no {instruction} for {architecture}");
+            }
+            // Products are of the numbers that the kernel is named for.
+            let mut products = code
+                .split_whitespace()
+                .filter(|word| is_instruction(word, "HMMA") || is_instruction(word, "HGMMA"));
+            let is_bf16 = kernel.ends_with("_bf16");
+            assert!(products.all(|word| word.contains("BF16") == is_bf16), "{kernel} multiplies others");
         }
     }
 }
