@@ -19,9 +19,9 @@ unsafe extern "C" {
     fn cuda_emu_sites(out: *mut c_char, len: usize) -> usize;
 }
 
-/// Orders of threads under which every kernel must give the same: forward, shuffled, and one warp as far as it goes
-/// before the next, from the first or from any.
-pub const ORDERS: [i32; 4] = [0, 2, 3, 4];
+/// Orders of threads under which every kernel must give the same: forward, backward, shuffled, and one warp as far as it
+/// goes before the next, from the first or from any.
+pub const ORDERS: [i32; 5] = [0, 1, 2, 3, 4];
 
 /// A library that stands for the CUDA driver, cuBLASLt and NVRTC where it is found under their names; see `driver.cpp`.
 pub const FAKE_DRIVER: &str = concat!(env!("OUT_DIR"), "/libfakecuda.so");

@@ -89,6 +89,16 @@ fn ragged_batches() {
     }
 }
 
+/// Heads, numbers, pages, windows and batches of all kinds together, as they come.
+#[test]
+fn random_batches() {
+    let num_cases = if cfg!(feature = "cuda-tests") { 300 } else { 12 };
+    for seed in 1..=num_cases {
+        let (world, seqs) = world::any(seed);
+        check(world, &seqs);
+    }
+}
+
 /// Short, for planted mistakes: a tile that is not full, keys that end within a page. No more steps than stages, so that
 /// a warp may run far ahead of others.
 #[test]

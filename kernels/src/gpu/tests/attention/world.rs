@@ -224,6 +224,39 @@ impl World {
     }
 }
 
+/// Of a seed: any world, and any sequences in it.
+pub(super) fn any(seed: u64) -> (World, Vec<Seq>) {
+    let mut numbers = random(seed, 200).into_iter();
+    // Below `end`.
+    let mut below = |end: u32| ((numbers.next().expect("enough") + 1.0) / 2.0 * end as f32) as u32;
+    let num_kv_heads = 1 + below(3) as usize;
+    let head_dim = [64, 64, 128, 256][below(4) as usize];
+    let (is_e4m3, batch_invariant) = (below(3) == 0, below(3) == 0);
+    let world = World {
+        num_heads: num_kv_heads * (1 + below(5) as usize),
+        num_kv_heads,
+        head_dim,
+        page_size: 16 << below(5),
+        window: (below(3) == 0).then(|| 1 + below(200)),
+        dtype: HALF_DTYPES[below(2) as usize],
+        is_e4m3,
+        batch_invariant,
+        wide_tiles: below(2) == 0 && !is_e4m3 && !batch_invariant && head_dim <= 128,
+        share_prefixes: below(4) > 0,
+        shares_pages: below(4) > 0,
+        split_len: 128 << below(2),
+        spare_part_rows: if below(4) == 0 { 8 } else { 1 << 12 },
+        seed,
+    };
+    let seqs = (1..=u64::from(1 + below(7))).map(|id| {
+        let num_rows = if below(2) == 0 { 1 } else { 1 + below(100) };
+        let seq = Seq::new(id, below(300), num_rows);
+        let family = u64::from(below(3));
+        if family == 0 { seq } else { seq.sharing(family, below(seq.end())) }
+    });
+    (world, seqs.collect())
+}
+
 pub(super) struct Step {
     pub(super) shape: AttentionShape,
     pub(super) batch: StepBatch,
