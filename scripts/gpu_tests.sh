@@ -8,9 +8,9 @@
 #
 # For `run`: libraries are looked for where TIDEMILL_CUDA_LIBRARIES says, else in the packages of python3, else where
 # the system has them. SOAK_SECONDS (120) is how long the tests are repeated, STEP_SECONDS (240) how long any other
-# step may take, BENCH_SECONDS (1800) the benchmarks, SHAPES the shapes of these (qwen3-8b), STEPS which of
-# `test golden answers memcheck racecheck soak bench` are done (all). The real models are tested where they are in the
-# cache there (tidemill models pull).
+# step may take, BENCH_SECONDS (1800) the benchmarks of each of SHAPES (qwen3-8b llama-3.1-8b smollm2-135m), STEPS
+# which of `test golden answers memcheck racecheck soak bench` are done (all). The real models are tested where they are
+# in the cache there (tidemill models pull).
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -131,7 +131,7 @@ run() {
         say "compute-sanitizer is not there"
     fi
     step soak $((${SOAK_SECONDS:-120} + limit)) sh "$here/gpu_tests.sh" soak "${SOAK_SECONDS:-120}"
-    for shape in ${SHAPES:-qwen3-8b}; do
+    for shape in ${SHAPES:-qwen3-8b llama-3.1-8b smollm2-135m}; do
         step "bench-$shape" "${BENCH_SECONDS:-1800}" env TIDEMILL="$here/tidemill" python3 "$here/gpu_bench.py" \
             --shape "$shape" --json "$results/bench-$shape.json"
         # The table, whatever became of the rest.

@@ -63,6 +63,9 @@ fn the_engine_is_measured_on_a_gpu() {
         for ceiling in ["bf16_tflops", "weight_tflops", "copy_gb_per_second"] {
             assert!(report["ceilings"][ceiling].as_f64().unwrap() > 0.0, "{ceiling}: {report}");
         }
+        for rate in ["bus_gb_per_second", "weights_gb_per_second"] {
+            assert!(report["loading"][rate].as_f64().unwrap() > 0.0, "{rate}: {report}");
+        }
         let rows: Vec<&str> =
             report["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
         assert!(!rows.is_empty() && rows.iter().all(|name| name.starts_with(only)), "{rows:?}");

@@ -5,11 +5,13 @@
 //! work can only lower it. Operands are random: a device that multiplies zeros draws less power and runs faster.
 
 mod attention;
+mod loading;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::attention::{Heads, attention_seconds};
+pub use self::loading::{LoadingRates, loading_rates};
 use super::device::{Address, Device, DeviceError, Gemm, GemmInput};
 use super::half_vec::{HalfDtype, HalfVec};
 use super::memory::DeviceVec;

@@ -256,6 +256,19 @@ pub(super) struct Maker {
     uploader: Mutex<Uploader>,
 }
 
+impl Maker {
+    /// For matrices in bf16 that have nothing to do with heads.
+    pub(super) fn without_heads(device: &Arc<dyn Device>) -> Result<Self, DeviceError> {
+        Ok(Self {
+            device: Arc::clone(device),
+            options: GpuOptions::default(),
+            dtype: HalfDtype::Bf16,
+            heads: Heads { head_dim: HEAD_DIMS[0], stride: HEAD_DIMS[0] },
+            uploader: Mutex::new(Uploader::new(device)?),
+        })
+    }
+}
+
 impl Matrices for Maker {
     type Matrix = Matrix;
 

@@ -13,9 +13,9 @@ mod timed;
 mod workloads;
 
 use serde::Serialize;
-use tidemill_kernels::gpu::peak::{copy_gb_per_second, gemm_tflops};
+use tidemill_kernels::gpu::peak::{LoadingRates, copy_gb_per_second, gemm_tflops, loading_rates};
 use tidemill_kernels::gpu::{GpuError, HalfDtype, WeightDtype};
-use tidemill_kernels::models::ModelConfig;
+use tidemill_kernels::models::{ModelConfig, ModelError};
 use tidemill_kernels::step::Model;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
 
@@ -34,6 +34,13 @@ use crate::spec::{self, KvCacheDtype, Quantization};
 /// So many bytes are copied for the peak, times the elements of a matrix; a gigabyte, which no cache holds.
 const COPY_FACTOR: usize = 16;
 
+/// How fast weights reach the device.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Loading {
+    bus_gb_per_second: f64,
+    weights_gb_per_second: f64,
+}
+
 #[derive(Debug, Serialize)]
 pub(super) struct GpuReport {
     model: String,
@@ -43,6 +50,7 @@ pub(super) struct GpuReport {
     kv_cache: &'static str,
     deterministic: bool,
     ceilings: Ceilings,
+    loading: Loading,
     kv_tokens: u64,
     rows: Vec<Row>,
     /// Of one layer, alone.
@@ -70,6 +78,8 @@ pub(super) fn measure(args: &EngineArgs, ordinal: usize) -> Result<GpuReport, Be
     eprintln!("peaks of {device} …");
     // Before anything else has taken memory.
     let ceilings = ceilings(&gpus, args.peak_size, clock).map_err(on_device)?;
+    let loading = loading(&gpus, args.peak_size, clock)
+        .map_err(|source| LoadError::Model { name: "of the peaks".to_owned(), source: Box::new(source) })?;
     let name = args.shape.map_or_else(|| args.model.clone(), |shape| shape.name().to_owned());
     let loaded = match args.shape {
         Some(shape) => LoadedModel::random(&gpus, &name, shape.config())?,
@@ -103,6 +113,7 @@ pub(super) fn measure(args: &EngineArgs, ordinal: usize) -> Result<GpuReport, Be
         },
         deterministic: args.deterministic,
         ceilings,
+        loading,
         kv_tokens,
         rows,
         attention,
@@ -185,6 +196,11 @@ fn ceilings(gpus: &Gpus, size: usize, clock: Clock) -> Result<Ceilings, GpuError
     Ok(Ceilings { bf16_tflops, weight_tflops, copy_gb_per_second })
 }
 
+fn loading(gpus: &Gpus, size: usize, clock: Clock) -> Result<Loading, ModelError> {
+    let LoadingRates { bus, weights } = loading_rates(gpus.first(), size, &|| clock.elapsed())?;
+    Ok(Loading { bus_gb_per_second: bus, weights_gb_per_second: weights })
+}
+
 impl GpuReport {
     pub(super) fn render(&self) -> String {
         let weights = if self.has_random_weights { "random weights" } else { "its weights" };
@@ -194,6 +210,8 @@ impl GpuReport {
             ("GEMM, bf16".to_owned(), format!("{:.0} TFLOP/s", self.ceilings.bf16_tflops)),
             (format!("GEMM, {}", self.weights), format!("{:.0} TFLOP/s", self.ceilings.weight_tflops)),
             ("memory copied".to_owned(), format!("{:.0} GB/s", self.ceilings.copy_gb_per_second)),
+            ("memory of the host copied".to_owned(), format!("{:.1} GB/s", self.loading.bus_gb_per_second)),
+            ("weights loaded".to_owned(), format!("{:.1} GB/s", self.loading.weights_gb_per_second)),
             ("KV cache".to_owned(), format!("{} tokens", self.kv_tokens)),
         ];
         let rows = self.rows.iter().map(render_row);

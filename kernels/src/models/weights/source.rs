@@ -29,11 +29,11 @@ pub(crate) struct MatrixSource<'a> {
 }
 
 impl<'a> MatrixSource<'a> {
-    pub(super) fn new(role: MatrixRole, num_inputs: usize) -> Self {
+    pub(crate) fn new(role: MatrixRole, num_inputs: usize) -> Self {
         Self { role, num_inputs, rows: Vec::new(), is_finite: AtomicBool::new(true) }
     }
 
-    pub(super) fn push(&mut self, dtype: Dtype, row: &'a [u8]) {
+    pub(crate) fn push(&mut self, dtype: Dtype, row: &'a [u8]) {
         self.rows.push((dtype, row));
     }
 

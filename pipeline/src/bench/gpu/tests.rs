@@ -114,12 +114,21 @@ fn the_report_shows_each_row_beside_its_limit() {
         kv_cache: "bf16",
         deterministic: false,
         ceilings: CEILINGS,
+        loading: Loading { bus_gb_per_second: 55.0, weights_gb_per_second: 54.25 },
         kv_tokens: 8192,
         rows,
         attention: vec![attention("attention, prefill", [1, 0, 100])],
     };
     let text = report.render();
-    for word in ["decode, batch 2", "memory", "GEMM, fp8", "200 TFLOP/s", "1000 GB/s", "attention, prefill"] {
+    for word in [
+        "decode, batch 2",
+        "memory",
+        "GEMM, fp8",
+        "200 TFLOP/s",
+        "1000 GB/s",
+        "54.2 GB/s",
+        "attention, prefill",
+    ] {
         assert!(text.contains(word), "{word} is missing in\n{text}");
     }
     let json = serde_json::to_value(&report).unwrap();
