@@ -103,9 +103,10 @@ __device__ __forceinline__ void begin_scores(float (&c)[kKeys / 8][4], const cha
 
 // Begins o += weights * values.
 template <int D, class T>
-__device__ __forceinline__ void begin_values(float (&o)[D / 8][4], const uint32_t (&weights)[kKeys / 16][4],
+__device__ __forceinline__ void begin_values(float (&o)[D / 8][4], uint32_t (&weights)[kKeys / 16][4],
                                              const char* values) {
   wgmma_hold(o);
+  wgmma_hold(weights);
   wgmma_fence();
 #pragma unroll
   for (int n = 0; n < kKeys / 16; n++)
@@ -175,9 +176,13 @@ __device__ __forceinline__ void attend(const AttentionParams<T>& p, const Attent
     wgmma_hold(c);
     release(stages.keys_empty + s);
     weigh_scores<kKeys>(c, rows, k, p.scale_log2, max, sum, keep);
+    // Long done, and so until the values are released: without a branch here ptxas waits for the products
+    // before it makes weights.
+    mbar_wait(stages.values_full + before, (i - 1) / kStages % 2);
     wgmma_wait<0>();
     wgmma_hold(o);
-    wgmma_hold(c);  // the weights are in use until now
+    wgmma_hold(weights);
+    wgmma_hold(c);
     release(stages.values_empty + before);
 #pragma unroll
     for (int n = 0; n < D / 8; n++)

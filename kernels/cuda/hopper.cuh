@@ -239,13 +239,21 @@ __device__ __forceinline__ void wgmma_wait() {
   }
 #endif
 }
-// Keeps the compiler from moving registers of a product in flight.
+// Keep the compiler from moving registers of a product in flight, sums and operands.
 template <int N>
 __device__ __forceinline__ void wgmma_hold(float (&c)[N][4]) {
 #ifdef __CUDACC__
 #pragma unroll
   for (int i = 0; i < N; i++)
     asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+#endif
+}
+template <int N>
+__device__ __forceinline__ void wgmma_hold(uint32_t (&a)[N][4]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 #endif
 }
 #define WGMMA_R4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])

@@ -166,6 +166,21 @@ fn kernels_have_the_instructions_that_they_promise() {
     }
 }
 
+/// What attention for Hopper is fast by: the assembler has moved the second wait before the exponentials once.
+#[test]
+fn weights_are_made_while_values_are_multiplied() {
+    let Some(nvcc) = NVCC.filter(|_| has_nvcc()) else { return };
+    let (_, (image, _)) =
+        SOURCES.iter().zip(REPORTS).find(|(source, _)| source.name == "attention_hopper").unwrap();
+    for (_, kernel, code) in disassemble(nvcc, image) {
+        let (_, behind) = code.split_once("WARPGROUP.DEPBAR.LE gsb0, 0x1").unwrap();
+        let (between, _) = behind.split_once("WARPGROUP.DEPBAR.LE gsb0, 0x0").unwrap();
+        // Of 128 keys a thread has 32 for each of its two rows.
+        let num_exponentials = between.matches("MUFU.EX2").count();
+        assert!(num_exponentials >= 64, "{kernel}: {num_exponentials} exponentials before the wait");
+    }
+}
+
 /// `HMMA.16816.F32.BF16` is an `HMMA`.
 fn is_instruction(word: &str, instruction: &str) -> bool {
     word.strip_prefix(instruction).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', ';']))
