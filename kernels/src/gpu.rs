@@ -74,6 +74,12 @@ pub enum GpuError {
     KvCache { wanted: u32, fits: u32, page_bytes: u64, free: u64, total: u64 },
     #[error("the activations of Gemma go beyond what float16 holds; they are computed in bfloat16")]
     NeedsRange,
+    #[error("weights of 8 bits need a GPU of compute capability 8.9 or newer")]
+    NoE4m3,
+    #[error(
+        "attention over heads of {head_dim} needs {wanted} bytes of shared memory with an fp8 KV cache, the GPU has {most}"
+    )]
+    SharedMemory { head_dim: usize, wanted: u32, most: u32 },
     #[error("mixtures of experts are not computed with weights of 8 bits")]
     RoundedExperts,
 }

@@ -29,7 +29,7 @@ use self::gemm::{Gemms, Scaling};
 use self::modules::Modules;
 pub use self::open::CudaError;
 use super::device::{
-    Address, Device, DeviceError, DeviceMemory, Event, Gemm, Graph, Kernel, TmaMap, TmaShape,
+    Address, Device, DeviceError, DeviceMemory, Event, Gemm, GemmInput, Graph, Kernel, TmaMap, TmaShape,
 };
 use super::ops;
 
@@ -191,7 +191,10 @@ impl Drop for CudaDevice {
         // what was queued is done. A driver that fails here has failed before.
         unsafe {
             sys::cuCtxSetCurrent(self.context);
-            sys::cuCtxSynchronize();
+            // Of the stream alone: other devices share the context, and to wait for it would break a recording of theirs.
+            if !self.stream.is_null() {
+                sys::cuStreamSynchronize(self.stream);
+            }
             let gemms = self.gemms.get_mut().unwrap_or_else(PoisonError::into_inner);
             let workspace = gemms.stop();
             sys::cuMemFree_v2(workspace.0);
@@ -218,6 +221,17 @@ impl Device for CudaDevice {
 
     fn is_hopper(&self) -> bool {
         self.capability == (9, 0)
+    }
+
+    fn can_multiply(&self, input: GemmInput) -> bool {
+        match input {
+            GemmInput::Bf16 | GemmInput::F16 => true,
+            GemmInput::E4m3 => self.capability >= (8, 9),
+        }
+    }
+
+    fn max_shared_bytes(&self) -> u32 {
+        self.modules.max_shared_bytes()
     }
 
     fn memory(&self) -> Result<DeviceMemory, DeviceError> {

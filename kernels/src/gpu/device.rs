@@ -114,6 +114,10 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
     fn name(&self) -> &str;
     /// Whether kernels for sm_90a run.
     fn is_hopper(&self) -> bool;
+    /// Whether there are products of such numbers.
+    fn can_multiply(&self, input: GemmInput) -> bool;
+    /// Shared memory that a block may have.
+    fn max_shared_bytes(&self) -> u32;
     fn memory(&self) -> Result<DeviceMemory, DeviceError>;
 
     /// Memory with unknown contents, aligned to 256 bytes; NaN everywhere under emulation.

@@ -101,7 +101,7 @@ impl EmulatedDevice {
         Self { order, mistake: mistake.to_owned(), is_hopper: true, total_bytes: 1 << 32, state }
     }
 
-    /// One that has no kernels for sm_90a.
+    /// One that has no kernels for sm_90a, no products of e4m3, and as little shared memory as others have.
     pub(crate) fn before_hopper(self) -> Self {
         Self { is_hopper: false, ..self }
     }
@@ -225,6 +225,14 @@ impl Device for EmulatedDevice {
 
     fn is_hopper(&self) -> bool {
         self.is_hopper
+    }
+
+    fn can_multiply(&self, input: GemmInput) -> bool {
+        self.is_hopper || input != GemmInput::E4m3
+    }
+
+    fn max_shared_bytes(&self) -> u32 {
+        if self.is_hopper { 227 << 10 } else { 99 << 10 }
     }
 
     fn memory(&self) -> Result<DeviceMemory, DeviceError> {

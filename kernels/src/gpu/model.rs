@@ -27,11 +27,11 @@ use self::rope::DeviceRope;
 use super::device::{Device, DeviceError, Event, Graph};
 use super::half_vec::HalfDtype;
 use super::memory::{DeviceVec, PinnedVec};
-use super::ops::{AttentionParts, RowSampling, sample_error};
+use super::ops::{AttentionParts, RowSampling, attention_shared_bytes, sample_error};
 use super::plan::{AttentionPlan, PlanOptions, PlanSize};
 use super::weights::{GpuWeights, WeightDtype};
 use crate::backend::AttentionShape;
-use crate::gpu::KvDtype;
+use crate::gpu::{GpuError, KvDtype};
 use crate::models::{ENGINE_VERSION, ModelError};
 use crate::sample::SampleError;
 use crate::step::{Model, ModelInfo, PageSwap, StepBatch, StepError, StepOutput};
@@ -113,6 +113,7 @@ struct GraphKey {
 enum DecodeGraph {
     Seen,
     Recorded(Graph),
+    Refused,
 }
 
 impl GpuModel {
@@ -131,6 +132,7 @@ impl GpuModel {
         let num_layers = model.num_layers as usize;
         let heads_len = 2 * model.num_kv_heads as usize * weights.stride;
         let page_bytes = page_size * heads_len * weights.options.kv_dtype.size_bytes();
+        check_shared_memory(&weights)?;
         let shape = attention_shape(&weights, &config);
         let options = PlanOptions::of_steps(&*device, &shape, weights.options, [max_rows, max_seqs]);
         let window_rope = || DeviceRope::new(&device, head_dim, max_position);
@@ -284,11 +286,21 @@ impl GpuModel {
                 self.graphs.insert(key, DecodeGraph::Seen);
             }
             Some((key, Some(DecodeGraph::Seen))) => {
-                let graph = self.runner.record(forward)?;
-                self.graphs.insert(key, DecodeGraph::Recorded(graph));
-                // SAFETY: what it was recorded with is this model's, and stays as long as the graph.
-                unsafe { self.runner.device.launch_graph(graph)? };
+                match self.runner.record(forward) {
+                    Ok(graph) => {
+                        self.graphs.insert(key, DecodeGraph::Recorded(graph));
+                        // SAFETY: what it was recorded with is this model's, and stays as long as the graph.
+                        unsafe { self.runner.device.launch_graph(graph)? };
+                    }
+                    // Without room for a graph, say, steps go on as they did before it.
+                    Err(error) => {
+                        tracing::warn!(%error, rows = key.num_rows, "decodes are not recorded as a graph");
+                        self.graphs.insert(key, DecodeGraph::Refused);
+                        forward()?;
+                    }
+                }
             }
+            Some((_, Some(DecodeGraph::Refused))) => forward()?,
             // SAFETY: as above.
             Some((_, Some(DecodeGraph::Recorded(graph)))) => unsafe {
                 self.runner.device.launch_graph(*graph)?
@@ -416,8 +428,14 @@ impl Runner {
         self.device.begin_graph()?;
         let queued = queue();
         let graph = self.device.end_graph();
-        queued?;
-        graph
+        match (queued, graph) {
+            (Ok(()), graph) => graph,
+            (Err(error), Ok(graph)) => {
+                self.device.drop_graph(graph);
+                Err(error)
+            }
+            (Err(error), Err(_)) => Err(error),
+        }
     }
 }
 
@@ -437,6 +455,14 @@ fn bucket_of(num_rows: usize) -> usize {
         0..=8 => num_rows.next_power_of_two(),
         _ => num_rows.next_multiple_of(8),
     }
+}
+
+/// A few devices have less than the largest kernel takes.
+fn check_shared_memory(weights: &GpuWeights) -> Result<(), GpuError> {
+    let head_dim = weights.stride;
+    let wanted = attention_shared_bytes(head_dim, weights.options.kv_dtype == KvDtype::E4m3);
+    let most = weights.device.max_shared_bytes();
+    if wanted > most { Err(GpuError::SharedMemory { head_dim, wanted, most }) } else { Ok(()) }
 }
 
 fn attention_shape(weights: &GpuWeights, config: &GpuModelConfig) -> AttentionShape {

@@ -20,7 +20,7 @@ mod sample;
 mod scale_outer;
 mod store_kv;
 
-pub(crate) use self::attention::{AttentionArgs, AttentionParts, PagedKv, attention};
+pub(crate) use self::attention::{AttentionArgs, AttentionParts, PagedKv, attention, attention_shared_bytes};
 pub(crate) use self::combine::{Combine, combine};
 pub(crate) use self::copy_kv::{CopyKv, copy_kv};
 pub(crate) use self::embed::{Embed, embed};

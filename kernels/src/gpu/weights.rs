@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) use self::experts::GpuExperts;
 use self::upload::Uploader;
-use super::device::{Device, DeviceError};
+use super::device::{Device, DeviceError, GemmInput};
 use super::half_vec::{HalfDtype, HalfVec};
 use super::memory::DeviceVec;
 use super::ops::{KvDtype, Matrix, MatrixValues, ROW_MULTIPLE, quantize};
@@ -94,6 +94,9 @@ impl GpuWeights {
     pub fn load(gpu: &Gpu, checkpoint: &Checkpoint, options: GpuOptions) -> Result<Arc<Self>, ModelError> {
         let config = checkpoint.config()?;
         experts::check(&config, options)?;
+        if options.weight_dtype == WeightDtype::E4m3 && !gpu.device.can_multiply(GemmInput::E4m3) {
+            return Err(GpuError::NoE4m3.into());
+        }
         let heads = Heads::of(&config)?;
         let dtype = dtype::choose(checkpoint, &config, options)?;
         check_memory(&*gpu.device, &config, heads, options)?;
@@ -256,19 +259,6 @@ pub(super) struct Maker {
     uploader: Mutex<Uploader>,
 }
 
-impl Maker {
-    /// For matrices in bf16 that have nothing to do with heads.
-    pub(super) fn without_heads(device: &Arc<dyn Device>) -> Result<Self, DeviceError> {
-        Ok(Self {
-            device: Arc::clone(device),
-            options: GpuOptions::default(),
-            dtype: HalfDtype::Bf16,
-            heads: Heads { head_dim: HEAD_DIMS[0], stride: HEAD_DIMS[0] },
-            uploader: Mutex::new(Uploader::new(device)?),
-        })
-    }
-}
-
 impl Matrices for Maker {
     type Matrix = Matrix;
 
@@ -280,6 +270,36 @@ impl Matrices for Maker {
             MatrixRole::AttentionOutput => num_inputs = num_inputs / head_dim * stride,
             _ => {}
         }
+        let values = HalfVec::new(&self.device, self.dtype, num_outputs * num_inputs)?;
+        self.fill(source, num_inputs, &values)?;
+        Ok(finish_matrix(&self.device, source.role, self.options, num_outputs, num_inputs, values)?)
+    }
+
+    fn finish(&self) -> Result<(), ModelError> {
+        Ok(())
+    }
+}
+
+impl Maker {
+    /// For matrices in bf16 that have nothing to do with heads.
+    pub(super) fn without_heads(device: &Arc<dyn Device>) -> Result<Self, DeviceError> {
+        Ok(Self {
+            device: Arc::clone(device),
+            options: GpuOptions::default(),
+            dtype: HalfDtype::Bf16,
+            heads: Heads { head_dim: HEAD_DIMS[0], stride: HEAD_DIMS[0] },
+            uploader: Mutex::new(Uploader::new(device)?),
+        })
+    }
+
+    /// Brings the numbers of a matrix to the device, heads apart.
+    pub(super) fn fill(
+        &self,
+        source: &MatrixSource<'_>,
+        num_inputs: usize,
+        values: &HalfVec,
+    ) -> Result<(), DeviceError> {
+        let Heads { head_dim, stride } = self.heads;
         let fill_row = |row: usize, wide: &mut [f32], out: &mut [u16]| match source.role {
             MatrixRole::Qkv if row % stride >= head_dim => out.fill(0),
             MatrixRole::Qkv => {
@@ -296,14 +316,8 @@ impl Matrices for Maker {
             }
             _ => source.fill_half(self.dtype, row, wide, out),
         };
-        let values = HalfVec::new(&self.device, self.dtype, num_outputs * num_inputs)?;
         let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
-        uploader.upload(num_inputs, source.num_inputs, &fill_row, &values)?;
-        Ok(finish_matrix(&self.device, source.role, self.options, num_outputs, num_inputs, values)?)
-    }
-
-    fn finish(&self) -> Result<(), ModelError> {
-        Ok(())
+        uploader.upload(num_inputs, source.num_inputs, &fill_row, values)
     }
 }
 

@@ -26,8 +26,15 @@ use crate::gpu::ops::UNSCALED_F16;
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 /// Operands begin at multiples of this.
 const ALIGN: u64 = 16;
-/// Algorithms to choose from where the first is not good enough.
-const NUM_CANDIDATES: usize = 64;
+/// The same where a row must not depend on the batch: sums in several pieces need more.
+const INVARIANT_WORKSPACE_BYTES: usize = 1 << 10;
+/// Algorithms to choose from: the first need not do what it promised, and few are invariant.
+const NUM_CANDIDATES: usize = 8;
+const NUM_INVARIANT_CANDIDATES: usize = 64;
+/// Sums in several pieces are added up as f32, in an order that is always the same.
+const REDUCTION_AS_F32: u32 = 2;
+/// A sum of other lengths is not cut: libraries have been reported that lose what is behind the last whole piece.
+const WHOLE_PIECE: usize = 128;
 /// Numbers of rows that the one algorithm for all must be able to do, and the one that it is chosen for.
 const INVARIANT_M: [usize; 5] = [1, 17, MIDDLING_M, 2048, 8192];
 const MIDDLING_M: usize = 256;
@@ -70,6 +77,7 @@ enum Rows {
 struct Plan {
     shape: Shape,
     algorithm: cublasLtMatmulAlgo_t,
+    max_workspace_bytes: usize,
     /// Of rows, that the algorithm was asked for.
     checked: BTreeSet<usize>,
 }
@@ -103,6 +111,13 @@ fn bucket(m: usize) -> usize {
     m.next_multiple_of(step)
 }
 
+fn workspace_bytes(rows: Rows) -> usize {
+    match rows {
+        Rows::All => INVARIANT_WORKSPACE_BYTES,
+        Rows::UpTo(_) | Rows::Exactly(_) => WORKSPACE_BYTES,
+    }
+}
+
 fn check(what: &str, status: cublasStatus_t) -> Result<(), DeviceError> {
     match status {
         cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
@@ -120,7 +135,10 @@ impl Gemms {
     pub(super) fn start(&mut self, workspace: Address) -> Result<(), DeviceError> {
         self.workspace = workspace;
         // SAFETY: the library is there, the caller says so; the pointer is to a handle.
-        check("start cuBLASLt", unsafe { sys::cublasLtCreate(&mut self.handle) })
+        check("start cuBLASLt", unsafe { sys::cublasLtCreate(&mut self.handle) })?;
+        // SAFETY: as above.
+        tracing::info!(version = unsafe { sys::cublasLtGetVersion() }, "cuBLASLt is loaded");
+        Ok(())
     }
 
     /// Gives the workspace back. The context is the thread's, and what was queued is done.
@@ -143,8 +161,40 @@ impl Gemms {
         for operand in [gemm.x, gemm.weight, gemm.out] {
             assert!(operand.0.is_multiple_of(ALIGN), "{}: an operand begins at {operand:?}", what(gemm));
         }
+        let key = self.plan(gemm)?;
+        // SAFETY: the caller says so.
+        match unsafe { self.run(stream, gemm, key)? } {
+            Ok(scaling) => Ok(scaling),
+            // The library may promise scales for rows and then refuse the product, for some shapes.
+            Err(status) if gemm.input == GemmInput::E4m3 && self.is_scaled(key) => {
+                tracing::debug!(product = what(gemm), ?status, "cuBLASLt does not apply the scales");
+                let plan = self.make_plan(gemm, key.rows, &[Scaling::Left])?;
+                self.plans.insert(key, plan);
+                let key = self.plan(gemm)?;
+                // SAFETY: as above.
+                unsafe { self.run(stream, gemm, key)? }
+                    .map_err(|status| failed(&what(gemm), format!("{status:?}")))
+            }
+            Err(status) => Err(failed(&what(gemm), format!("{status:?}"))),
+        }
+    }
+
+    fn is_scaled(&self, key: Key) -> bool {
+        self.plans.get(&key).is_some_and(|plan| plan.shape.scaling == Scaling::Done)
+    }
+
+    /// Queues the product by a plan; the inner error is the library's.
+    ///
+    /// # Safety
+    /// As for `multiply`.
+    unsafe fn run(
+        &mut self,
+        stream: CUstream,
+        gemm: &Gemm,
+        key: Key,
+    ) -> Result<Result<Scaling, cublasStatus_t>, DeviceError> {
         let (handle, workspace) = (self.handle, self.workspace);
-        let plan = self.plan(gemm)?;
+        let plan = self.plans.get_mut(&key).ok_or_else(|| failed(&what(gemm), "it was not planned"))?;
         plan.shape.set_scales(gemm)?;
         let alpha = match (plan.shape.scaling, gemm.output) {
             (Scaling::Left, GemmOutput::F16) => UNSCALED_F16,
@@ -176,46 +226,44 @@ impl Gemms {
                 stream.cast(),
             )
         };
-        match status {
+        Ok(match status {
             cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(shape.scaling),
-            _ => Err(failed(&what(gemm), format!("{status:?}"))),
-        }
+            status => Err(status),
+        })
     }
 
     /// The plan for the product, set to its rows.
-    fn plan(&mut self, gemm: &Gemm) -> Result<&mut Plan, DeviceError> {
+    fn plan(&mut self, gemm: &Gemm) -> Result<Key, DeviceError> {
         let Gemm { m, n, k, input, output, .. } = *gemm;
         let key = |rows| Key { n, k, input, output, rows };
         let keys = match gemm.batch_invariant {
             true => [Some(key(Rows::All)), None],
             false => [Some(key(Rows::UpTo(bucket(m)))), Some(key(Rows::Exactly(m)))],
         };
-        let mut chosen = None;
+        let scalings: &[Scaling] = match input {
+            GemmInput::Bf16 | GemmInput::F16 => &[Scaling::Done],
+            GemmInput::E4m3 => &[Scaling::Done, Scaling::Left],
+        };
         for key in keys.into_iter().flatten() {
             if !self.plans.contains_key(&key) {
-                let plan = self.make_plan(gemm, key.rows)?;
+                let plan = self.make_plan(gemm, key.rows, scalings)?;
                 self.plans.insert(key, plan);
             }
             let handle = self.handle;
             let plan = self.plans.get_mut(&key);
             if plan.is_some_and(|plan| plan.can_do(handle, m)) {
-                chosen = Some(key);
-                break;
+                return Ok(key);
             }
         }
-        let plan = chosen.and_then(|key| self.plans.get_mut(&key));
-        plan.ok_or_else(|| failed(&what(gemm), "its algorithm cannot do so many rows"))
+        Err(failed(&what(gemm), "its algorithm cannot do so many rows"))
     }
 
-    fn make_plan(&self, gemm: &Gemm, rows: Rows) -> Result<Plan, DeviceError> {
+    /// The first algorithm that does it, with scales applied in the first way that works.
+    fn make_plan(&self, gemm: &Gemm, rows: Rows, scalings: &[Scaling]) -> Result<Plan, DeviceError> {
         let _relaxed = Relaxed::new();
         let m = match rows {
             Rows::All => MIDDLING_M,
             Rows::UpTo(m) | Rows::Exactly(m) => m,
-        };
-        let scalings: &[Scaling] = match gemm.input {
-            GemmInput::Bf16 | GemmInput::F16 => &[Scaling::Done],
-            GemmInput::E4m3 => &[Scaling::Done, Scaling::Left],
         };
         for &scaling in scalings {
             let mut shape = Shape::new(gemm, m, scaling)?;
@@ -224,8 +272,13 @@ impl Gemms {
                 continue;
             }
             for algorithm in self.algorithms(gemm, &shape, rows)? {
-                let mut plan = Plan { shape, algorithm, checked: BTreeSet::new() };
-                if rows != Rows::All || plan.is_invariant(self.handle)? {
+                let max_workspace_bytes = workspace_bytes(rows);
+                let mut plan = Plan { shape, algorithm, max_workspace_bytes, checked: BTreeSet::new() };
+                let is_fit = match rows {
+                    Rows::All => plan.is_invariant(self.handle)?,
+                    Rows::UpTo(_) | Rows::Exactly(_) => plan.can_do(self.handle, m),
+                };
+                if is_fit {
                     return Ok(plan);
                 }
                 shape = plan.shape;
@@ -247,8 +300,9 @@ impl Gemms {
         shape: &Shape,
         rows: Rows,
     ) -> Result<Vec<cublasLtMatmulAlgo_t>, DeviceError> {
-        let num_wanted = if rows == Rows::All { NUM_CANDIDATES } else { 1 };
-        let preferences = Preferences::new(rows == Rows::All)?;
+        let num_wanted = if rows == Rows::All { NUM_INVARIANT_CANDIDATES } else { NUM_CANDIDATES };
+        let is_cut = rows != Rows::All && gemm.k.is_multiple_of(WHOLE_PIECE);
+        let preferences = Preferences::new(workspace_bytes(rows), is_cut)?;
         // SAFETY: plain numbers and addresses, for which zeros are a value.
         let mut found: Vec<cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; num_wanted];
         let mut num_found = 0;
@@ -303,8 +357,8 @@ impl Plan {
                 &mut result,
             )
         };
-        let can_do =
-            status == cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE_BYTES;
+        let can_do = status == cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && result.workspaceSize <= self.max_workspace_bytes;
         if can_do {
             self.checked.insert(m);
         }
@@ -443,12 +497,13 @@ impl Drop for Shape {
 struct Preferences(cublasLtMatmulPreference_t);
 
 impl Preferences {
-    fn new(is_invariant: bool) -> Result<Self, DeviceError> {
+    /// `is_cut`: whether sums may be added up in pieces.
+    fn new(workspace_bytes: usize, is_cut: bool) -> Result<Self, DeviceError> {
         let mut preferences = Self(null_mut());
         // SAFETY: the library is there, or there would be no handle; the pointer is to a handle.
         let status = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preferences.0) };
         check("describe preferences", status)?;
-        preferences.set(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64))?;
+        preferences.set(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(workspace_bytes as u64))?;
         for attribute in [
             Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
             Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -457,10 +512,8 @@ impl Preferences {
         ] {
             preferences.set(attribute, &(ALIGN as u32))?;
         }
-        if is_invariant {
-            // No scheme: sums are not split.
-            preferences.set(Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &0u32)?;
-        }
+        let schemes = if is_cut { REDUCTION_AS_F32 } else { 0 };
+        preferences.set(Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes)?;
         Ok(preferences)
     }
 
@@ -521,6 +574,7 @@ pub(super) mod tests {
             assert_eq!(shape.m, 16);
             assert_eq!(shape.scales[0], scales.unwrap_or(Address::NULL));
         }
-        Preferences::new(true).unwrap();
+        Preferences::new(INVARIANT_WORKSPACE_BYTES, false).unwrap();
+        Preferences::new(WORKSPACE_BYTES, true).unwrap();
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! cudarc loads each when it is first called, and panics where it, or a function of it, is missing. So everything here
 //! is asked before anything is called. Libraries off the search path are loaded by their path first; a later look-up
-//! by name then finds them.
+//! by name then finds them, unless the search path has one under the plain name (`libcublasLt.so`), which comes first. So
+//! the version that is used is logged.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -23,7 +24,6 @@ const NAMES: [&str; 3] = ["libcublasLt.so", "libnvrtc-builtins.so", "libnvrtc.so
 /// What is called of the driver. `tests.rs` sees that nothing is left out.
 pub(super) const DRIVER_FUNCTIONS: [&str; 39] = [
     "cuCtxSetCurrent",
-    "cuCtxSynchronize",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
@@ -61,6 +61,7 @@ pub(super) const DRIVER_FUNCTIONS: [&str; 39] = [
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamEndCapture",
+    "cuStreamSynchronize",
 ];
 /// The same, from CUDA 12.0 on.
 pub(super) const DRIVER_FUNCTIONS_12: [&str; 2] =

@@ -43,6 +43,10 @@ impl Modules {
         Self { capability, driver_version, max_shared_bytes, state: Mutex::default() }
     }
 
+    pub(super) fn max_shared_bytes(&self) -> u32 {
+        self.max_shared_bytes
+    }
+
     /// Ready for a launch. The context of the device is the thread's.
     pub(super) fn function(&self, kernel: &Kernel, param_bytes: usize) -> Result<CUfunction, DeviceError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,7 +127,17 @@ impl Modules {
                 ),
             ),
         })?;
-        load(&image).map_err(|result| failed(&what, describe(result)))
+        load(&image).map_err(|result| match refused.as_str() {
+            "" => failed(&what, describe(result)),
+            refused => failed(
+                &what,
+                format!(
+                    "its driver refuses the embedded code, {refused}, and what was compiled here, {}; update it to 580 \
+                     or newer",
+                    describe(result)
+                ),
+            ),
+        })
     }
 
     /// # Safety

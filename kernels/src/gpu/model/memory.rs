@@ -8,6 +8,11 @@ use crate::models::ModelError;
 const MIN_PAGE_SIZE: u32 = 16;
 const MAX_PAGE_SIZE: u32 = 1 << 12;
 
+/// Large allocations are multiples of this.
+const ROUNDED_TO: u64 = 2 << 20;
+/// Of all memory, this part is never for pages.
+const RESERVED_PART: u64 = 256;
+
 /// Memory for keys and values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvMemory {
@@ -35,7 +40,9 @@ pub(super) fn num_pages(weights: &GpuWeights, config: &GpuModelConfig) -> Result
         KvMemory::Utilization { share, max_pages } => {
             let used = memory.total - memory.free;
             let usable = (memory.total as f64 * share) as u64;
-            (usable.saturating_sub(used).min(memory.free), max_pages)
+            // Each layer's pages are rounded up, and graphs and kernels that are loaded later want room, too.
+            let reserve = u64::from(weights.config.num_layers) * ROUNDED_TO + memory.total / RESERVED_PART;
+            (usable.saturating_sub(used).min(memory.free.saturating_sub(reserve)), max_pages)
         }
     };
     let fits = u32::try_from(room / page_bytes).unwrap_or(u32::MAX);

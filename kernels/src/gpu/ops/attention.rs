@@ -200,23 +200,28 @@ fn hopper_kernel(device: &dyn Device, dtype: HalfDtype, head_dim: usize, kv: Pag
     Kernel { name, source: "attention_hopper", block: 384, shared_bytes }
 }
 
-/// See `attention.cu` for what lies in shared memory.
-fn kernel(dtype: HalfDtype, head_dim: usize, kv: PagedKv<'_>) -> Kernel {
-    let (names, raw) = match (head_dim, kv) {
-        (64, PagedKv::Half(_)) => (["attention_64_bf16", "attention_64_f16"], 0),
-        (128, PagedKv::Half(_)) => (["attention_128_bf16", "attention_128_f16"], 0),
-        (256, PagedKv::Half(_)) => (["attention_256_bf16", "attention_256_f16"], 0),
-        (64, PagedKv::E4m3(_)) => (["attention_64_e4m3_bf16", "attention_64_e4m3_f16"], 1),
-        (128, PagedKv::E4m3(_)) => (["attention_128_e4m3_bf16", "attention_128_e4m3_f16"], 1),
-        (256, PagedKv::E4m3(_)) => (["attention_256_e4m3_bf16", "attention_256_e4m3_f16"], 1),
-        _ => panic!("no kernel for heads of {head_dim}"),
-    };
+/// Shared memory of a block, where keys and values are e4m3 or not; see `attention.cu` for what lies in it.
+pub(crate) fn attention_shared_bytes(head_dim: usize, is_e4m3: bool) -> u32 {
     let keys = if head_dim == 256 { 32 } else { 64 };
     let stages = 2 * 2 * keys * head_dim * 2;
+    let raw = if is_e4m3 { 2 * keys * head_dim } else { 0 };
     let query = match head_dim {
         256 => 32 * 256 * 2 + 32 * (32 + 8) * 4,
         _ => 64 * head_dim * 2,
     };
-    let shared_bytes = (stages + raw * 2 * keys * head_dim + query) as u32;
+    (stages + raw + query) as u32
+}
+
+fn kernel(dtype: HalfDtype, head_dim: usize, kv: PagedKv<'_>) -> Kernel {
+    let (names, is_e4m3) = match (head_dim, kv) {
+        (64, PagedKv::Half(_)) => (["attention_64_bf16", "attention_64_f16"], false),
+        (128, PagedKv::Half(_)) => (["attention_128_bf16", "attention_128_f16"], false),
+        (256, PagedKv::Half(_)) => (["attention_256_bf16", "attention_256_f16"], false),
+        (64, PagedKv::E4m3(_)) => (["attention_64_e4m3_bf16", "attention_64_e4m3_f16"], true),
+        (128, PagedKv::E4m3(_)) => (["attention_128_e4m3_bf16", "attention_128_e4m3_f16"], true),
+        (256, PagedKv::E4m3(_)) => (["attention_256_e4m3_bf16", "attention_256_e4m3_f16"], true),
+        _ => panic!("no kernel for heads of {head_dim}"),
+    };
+    let shared_bytes = attention_shared_bytes(head_dim, is_e4m3);
     Kernel { name: dtype.of(names), source: "attention", block: 128, shared_bytes }
 }

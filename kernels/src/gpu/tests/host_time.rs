@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::*;
-use crate::gpu::device::{Address, DeviceError, DeviceMemory, Event, Gemm, Graph, Kernel, TmaMap, TmaShape};
+use crate::gpu::device::{
+    Address, DeviceError, DeviceMemory, Event, Gemm, GemmInput, Graph, Kernel, TmaMap, TmaShape,
+};
 use crate::gpu::model::{GpuModel, GpuModelConfig, KvMemory};
 use crate::gpu::{Gpu, GpuOptions, GpuWeights};
 use crate::models::Checkpoint;
@@ -24,6 +26,12 @@ impl Device for IdleDevice {
     }
     fn is_hopper(&self) -> bool {
         true
+    }
+    fn can_multiply(&self, _input: GemmInput) -> bool {
+        true
+    }
+    fn max_shared_bytes(&self) -> u32 {
+        227 << 10
     }
     fn memory(&self) -> Result<DeviceMemory, DeviceError> {
         Ok(DeviceMemory { free: 1 << 40, total: 1 << 40 })

@@ -5,9 +5,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::*;
+use crate::gpu::device::GemmInput;
 use crate::gpu::model::{GpuModel, GpuModelConfig, KvMemory};
 use crate::gpu::{DeviceError, Gpu, GpuError, GpuOptions, GpuWeights, KvDtype, WeightDtype};
-use crate::models::{Checkpoint, KvConfig, ModelError, ModelWeights, NumericPath, Transformer};
+use crate::models::{Checkpoint, KvConfig, ModelConfig, ModelError, ModelWeights, NumericPath, Transformer};
 use crate::sample::{penalize, sample};
 use crate::step::{Model, PageId, SamplingParams, StepBatch, TokenUse};
 
@@ -74,7 +75,7 @@ fn logits_are_those_of_the_reference() {
             let actual = model(&device, family, options, 16).logits(&batch).unwrap();
             assert_close(&actual, &expected, MODEL_F16_TOLERANCE, &format!("{family} in f16"));
         }
-        if family == "qwen3_moe" {
+        if family == "qwen3_moe" || !device.can_multiply(GemmInput::E4m3) {
             continue;
         }
         let options =
@@ -450,6 +451,30 @@ fn memory_bounds_the_pages_and_too_little_says_what_fits() {
     drop(few);
     let error = new(KvMemory::Pages(1 << 20)).err().unwrap().to_string();
     assert!(error.contains("1048576 KV pages of 16384 bytes do not fit"), "{error}");
+}
+
+/// Before the weights are there, or before they are used.
+#[test]
+fn what_a_device_cannot_do_is_refused_at_load() {
+    let gpu = Gpu { device: EmulatedDevice::new(0).before_hopper().shared() };
+    let rounded = GpuOptions { weight_dtype: WeightDtype::E4m3, ..GpuOptions::default() };
+    let error = GpuWeights::load(&gpu, &checkpoint("llama3"), rounded).unwrap_err();
+    assert!(matches!(error, ModelError::Gpu(GpuError::NoE4m3)), "{error}");
+    let config = GpuModelConfig {
+        page_size: 16,
+        kv_memory: KvMemory::Pages(8),
+        max_num_batched_tokens: 64,
+        max_num_seqs: 4,
+        num_host_pages: 0,
+    };
+    let with_kv = |kv_dtype| {
+        let shape = ModelConfig { head_dim: 256, ..checkpoint("llama3").config().unwrap() };
+        let options = GpuOptions { kv_dtype, ..GpuOptions::default() };
+        GpuModel::new(GpuWeights::random(&gpu, shape, options).unwrap(), config, "wide", "abc").map(|_| ())
+    };
+    with_kv(KvDtype::Half).unwrap();
+    let error = with_kv(KvDtype::E4m3).unwrap_err().to_string();
+    assert!(error.contains("heads of 256 needs 103424 bytes of shared memory"), "{error}");
 }
 
 /// Gemma's activations would be infinite.
