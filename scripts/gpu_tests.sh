@@ -15,6 +15,8 @@ set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 
+programs='kernel-tests golden_gpu answers_gpu tidemill'
+
 usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 say() { printf 'gpu_tests: %s\n' "$*" >&2; }
 
@@ -43,7 +45,10 @@ build() {
     say "building the program"
     cargo build --release --locked -p tidemill --bin tidemill
     cp "${CARGO_TARGET_DIR:-target}/release/tidemill" "$dir/tidemill"
-    strip "$dir/kernel-tests" "$dir/golden_gpu" "$dir/answers_gpu" "$dir/tidemill"
+    for program in $programs; do
+        strip "$dir/$program"
+        gzip -9f "$dir/$program"
+    done
     cp scripts/gpu_tests.sh scripts/gpu_bench.py "$dir"
     mkdir -p "$dir/peers"
     cp scripts/peers/transformers_batch.py "$dir/peers"
@@ -107,6 +112,9 @@ run() {
     results=$(cd "$results" && pwd)
     rm -f "$results/steps"
     failures=0 separator=''
+    for program in $programs; do
+        [ -e "$here/$program" ] || gunzip -k "$here/$program.gz"
+    done
     : "${TIDEMILL_CUDA_LIBRARIES:=$(python_libraries)}"
     export TIDEMILL_CUDA_LIBRARIES TIDEMILL_SOURCES="$here/sources"
     limit=${STEP_SECONDS:-240}

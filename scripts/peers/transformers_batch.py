@@ -1,7 +1,7 @@
 """Continuous batching of Hugging Face transformers on the job of `tidemill bench engine`: random weights of a known shape
 on a GPU, ragged prompts of arbitrary tokens, answers of full length. Nothing is downloaded.
 
-Needs torch and transformers with `generate_batch`, and a GPU. Prints one line of JSON: the figures, or `not_run` with
+Needs torch, transformers (5.24) and a GPU. Prints one line of JSON: the figures, or `not_run` with
 the reason (exit code 3).
 """
 
@@ -49,39 +49,51 @@ def not_run(reason):
     sys.exit(3)
 
 
-def make_model(shape, attention):
+def make_model(args):
     import torch
     import transformers
 
-    name, sizes = SHAPES[shape]
+    name, sizes = SHAPES[args.shape]
     config = getattr(transformers, name)(**sizes)
-    # The name of this argument has changed.
-    dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    with torch.device("cuda"):
+    with torch.device(args.device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, **{dtype: torch.bfloat16})
+            config, attn_implementation=args.attention, dtype=torch.bfloat16)
     return model.eval()
 
 
-def generate(model, inputs, args):
-    """Answers of full length: no token has the number that ends one."""
+def manager_of(model, args, longest):
+    """What `generate_batch` works with, kept over several batches: so neither its cache nor its CUDA graphs are made
+    while the clock runs. Answers are of full length: no token has the number that ends one.
+    """
     from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
 
-    wanted = {"max_batch_tokens": args.max_batch_tokens}
-    config = GenerationConfig(max_new_tokens=args.output_len, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    takes = inspect.signature(model.generate_batch).parameters
-    more = {}
-    if "continuous_batching_config" in takes:
-        from transformers.generation import ContinuousBatchingConfig
+    batching = ContinuousBatchingConfig(max_batch_tokens=args.max_batch_tokens)
+    if hasattr(batching, "auto_switch_to_flash"):
+        # It would fetch a kernel.
+        batching.auto_switch_to_flash = False
+    return model.continuous_batching_context_manager(
+        generation_config=GenerationConfig(
+            max_new_tokens=args.output_len, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=batching,
+        workload_hints=WorkloadHints(
+            max_prompt_length=longest, max_generated_length=args.output_len, num_requests=args.requests))
 
-        more["continuous_batching_config"] = ContinuousBatchingConfig(**wanted)
-    else:
-        for name, value in wanted.items():
-            setattr(config, name, value)
-    if "progress_bar" in takes:
-        more["progress_bar"] = False
-    answers = model.generate_batch(inputs=inputs, generation_config=config, **more)
-    return sum(len(answer.generated_tokens) for answer in answers.values())
+
+def generate(manager, inputs):
+    """The tokens of all answers."""
+    manager.add_requests(inputs=inputs)
+    num_finished, num_tokens = 0, 0
+    while num_finished < len(inputs):
+        answer = manager.get_result(timeout=1)
+        if answer is None:
+            if not manager.is_running():
+                not_run("the peer ended before all were answered")
+        elif answer.is_finished():
+            num_finished += 1
+            num_tokens += len(answer.generated_tokens)
+    return num_tokens
 
 
 def main():
@@ -92,6 +104,7 @@ def main():
     parser.add_argument("--shared-len", type=int, default=0)
     parser.add_argument("--output-len", type=int, default=200)
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script")
     parser.add_argument("--attention", help="flash_attention_2 where it is installed, else sdpa")
     args = parser.parse_args()
     try:
@@ -99,29 +112,34 @@ def main():
         import transformers
     except ImportError as error:
         not_run(str(error))
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         not_run("torch sees no GPU")
-    if not hasattr(transformers.GenerationMixin, "generate_batch"):
-        not_run(f"transformers {transformers.__version__} has no generate_batch")
+    takes = inspect.signature(getattr(transformers.GenerationMixin, "continuous_batching_context_manager", lambda: None))
+    if "workload_hints" not in takes.parameters:
+        not_run(f"transformers {transformers.__version__} is too old, 5.24 has all that is used")
     if not args.attention:
         from transformers.utils import is_flash_attn_2_available
 
-        args.attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-    model = make_model(args.shape, args.attention)
+        args.attention = "flash_attention_2" if args.device == "cuda" and is_flash_attn_2_available() else "sdpa"
+    model = make_model(args)
     inputs = prompts(args, model.config.vocab_size)
-    # Compiles, captures and allocates.
-    generate(model, inputs[:NUM_WARM], args)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    output_tokens = generate(model, inputs, args)
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    # Others, so that nothing of them is in the cache already.
+    warm = [tokens[::-1] for tokens in inputs[:NUM_WARM]]
+    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    with manager_of(model, args, max(map(len, inputs))) as manager:
+        # Compiles what is left to compile.
+        generate(manager, warm)
+        synchronize()
+        start = time.perf_counter()
+        output_tokens = generate(manager, inputs)
+        synchronize()
+        seconds = time.perf_counter() - start
     prompt_tokens = sum(map(len, inputs))
     if output_tokens != args.requests * args.output_len:
         not_run(f"{output_tokens} tokens came out, {args.requests * args.output_len} were asked for")
     print(json.dumps({
         "peer": f"transformers {transformers.__version__}, {args.attention}, torch {torch.__version__}",
-        "device": torch.cuda.get_device_name(), "shape": args.shape, "requests": args.requests,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device, "shape": args.shape, "requests": args.requests,
         "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "seconds": seconds,
         "prompt_tokens_per_second": prompt_tokens / seconds, "output_tokens_per_second": output_tokens / seconds,
     }))
