@@ -78,6 +78,16 @@ pub struct TokenUse {
     pub num_in_answer: u32,
 }
 
+impl TokenUse {
+    /// Counts a token of the answer, among uses in the order of the ids.
+    pub fn count(uses: &mut Vec<Self>, token_id: u32) {
+        match uses.binary_search_by_key(&token_id, |token| token.token_id) {
+            Ok(place) => uses[place].num_in_answer += 1,
+            Err(place) => uses.insert(place, Self { token_id, num_in_answer: 1 }),
+        }
+    }
+}
+
 /// One forward pass over any mix of prefill chunks and decodes.
 #[derive(Clone, Debug, Default)]
 pub struct StepBatch {
@@ -101,7 +111,8 @@ pub struct StepBatch {
     pub token_uses_indptr: Vec<u32>,
     /// `[token_uses_indptr.last()]`: what the penalties of a sequence are for, in the order of the ids, none twice. Empty for
     /// a sequence that is not sampled or has [none](SamplingParams::has_penalties); tokens that are in the prompt alone may be
-    /// left out where [nothing asks for them](SamplingParams::penalizes_prompt).
+    /// left out where [nothing asks for them](SamplingParams::penalizes_prompt). A token that `sampled_by` names is not among
+    /// them: the model counts it.
     pub token_uses: Vec<TokenUse>,
     /// Done in this order before anything else; empty unless the model has [host pages](Model::num_host_pages). All that go
     /// out come first, and no host page goes both ways.
@@ -319,6 +330,34 @@ impl StepBatch {
         }
     }
 
+    /// Whether the logits of a sequence are changed by penalties.
+    pub fn has_penalties(&self) -> bool {
+        let is_counted = |(seq, params): (usize, &Option<SamplingParams>)| {
+            params.is_some_and(|params| params.has_penalties()) && self.sampled_by[seq].is_some()
+        };
+        !self.token_uses.is_empty() || self.sampling.iter().enumerate().any(is_counted)
+    }
+
+    /// Fills in the tokens that the step before has sampled, and counts them, for a model that does so on the host.
+    pub fn fill_in(&mut self, before: &StepOutput) {
+        let (mut uses, mut indptr) = (Vec::new(), vec![0]);
+        for seq in 0..self.num_seqs() {
+            let mut of_seq = self.uses(seq).to_vec();
+            if let Some(sampled_by) = self.sampled_by[seq] {
+                let token_id =
+                    before.token_ids[sampled_by as usize].expect("the step before has sampled a token");
+                let row = self.rows(seq).start;
+                self.token_ids[row] = token_id;
+                if self.sampling[seq].is_some_and(|params| params.has_penalties()) {
+                    TokenUse::count(&mut of_seq, token_id);
+                }
+            }
+            uses.extend(of_seq);
+            indptr.push(uses.len() as u32);
+        }
+        (self.token_uses, self.token_uses_indptr) = (uses, indptr);
+    }
+
     fn check_uses(&self, info: &ModelInfo) {
         assert_eq!(self.token_uses_indptr.len(), self.num_seqs() + 1);
         assert_eq!(self.token_uses_indptr.last(), Some(&(self.token_uses.len() as u32)));
@@ -329,10 +368,10 @@ impl StepBatch {
                 self.sampling[seq].is_some_and(|params| params.has_penalties()),
                 "tokens that nothing asks for"
             );
-            assert!(self.sampled_by[seq].is_none(), "a token to be sampled is not counted");
             assert!(uses.is_sorted_by(|a, b| a.token_id < b.token_id), "a token is counted twice");
             assert!(last.token_id < info.vocab_size, "a use beyond the vocabulary");
-            let known_len = u64::from(self.positions[self.rows(seq).end - 1]) + 1;
+            let known_len =
+                u64::from(self.positions[self.rows(seq).end - 1]) + u64::from(self.sampled_by[seq].is_none());
             let num_used: u64 = uses.iter().map(|token| u64::from(token.num_in_answer.max(1))).sum();
             assert!(num_used <= known_len, "{num_used} uses of {known_len} tokens");
         }

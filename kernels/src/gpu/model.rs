@@ -91,6 +91,8 @@ struct Runner {
     window_rope: Option<DeviceRope>,
     /// `[max_num_seqs]`: ids, and error codes behind them.
     sampled: DeviceVec<u32>,
+    /// `[max_num_seqs]`: ids of the step before, where a step has penalties.
+    sampled_before: DeviceVec<u32>,
 }
 
 struct Started {
@@ -141,6 +143,7 @@ impl GpuModel {
             rope: DeviceRope::new(&device, head_dim, max_position)?,
             window_rope: weights.window_rope.as_ref().map(|_| window_rope()).transpose()?,
             sampled: DeviceVec::from_slice(&device, &vec![0; 2 * max_seqs])?,
+            sampled_before: DeviceVec::new(&device, max_seqs)?,
             kv: Vec::new(),
             page_bytes,
             host_kv: PinnedVec::new(&device, config.num_host_pages as usize * num_layers * page_bytes)?,
@@ -253,7 +256,7 @@ impl GpuModel {
         let num_heads = batch.sampling.iter().flatten().count();
         let num_rows = batch.num_tokens();
         let is_decode = num_rows == batch.num_seqs() && num_heads == num_rows && batch.copies.is_empty();
-        let penalties = self.penalties.upload(batch, index)?;
+        let penalties = self.penalties.upload(batch, &self.sampled_at, index)?;
         let graph = if is_decode && penalties.is_none() { self.graph_for(num_rows) } else { None };
         let room = self.plan.size();
         let shape = match graph {

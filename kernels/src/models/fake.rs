@@ -243,12 +243,7 @@ impl Model for FakeModel {
 
     fn finish(&mut self) -> Result<StepOutput, StepError> {
         let mut batch = self.started.pop_front().expect("a step is started");
-        for seq in 0..batch.num_seqs() {
-            let Some(sampled_by) = batch.sampled_by[seq] else { continue };
-            let token_id = self.last_output.token_ids[sampled_by as usize];
-            let row = batch.rows(seq).start;
-            batch.token_ids[row] = token_id.expect("the step before has sampled a token");
-        }
+        batch.fill_in(&self.last_output);
         self.last_output = self.compute(&batch);
         Ok(self.last_output.clone())
     }

@@ -11,8 +11,8 @@
 //!
 //! A step may be planned while the one before it runs: from the state in which that one has succeeded and sampled no
 //! token that ends an answer. Its chunks are noted in the sequences (`chunk_lens`), and everything else changes when it is
-//! committed; so if steps fail, the same ones are tried again. Who has penalties is left out of the step behind the one that samples
-//! for it, since they are for a token that nobody knows yet. A sequence that turns out to have ended has a row
+//! committed; so if steps fail, the same ones are tried again. A token that nobody knows yet is not among those that
+//! penalties are for; the model counts it. A sequence that turns out to have ended has a row
 //! too many in the step behind; it keeps its pages until that is committed. Nobody is preempted behind a planned step:
 //! what needs that waits until all are committed.
 //!
@@ -338,7 +338,7 @@ impl Scheduler {
         let mut index = self.running.partition_point(|other| other.priority < priority);
         while self.running.get(index).is_some_and(|next| next.priority == priority) && *budget > 0 {
             let sequence = &self.running[index];
-            if !sequence.goes_on(step) || sequence.uncomputed_len(step) > 1 || sequence.awaits_token(step) {
+            if !sequence.goes_on(step) || sequence.uncomputed_len(step) > 1 {
                 index += 1;
             } else if self.extend_pages(&mut index, budget) {
                 self.running[index].chunk_lens[step] = 1;

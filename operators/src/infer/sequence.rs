@@ -230,12 +230,6 @@ impl Sequence {
         self.chunk_lens[step] > 0 && self.chunk(step).end == self.known_len_after(step)
     }
 
-    /// Whether a planned step before this one samples a token that must be known before the next is chosen: penalties
-    /// are for tokens that the host has seen.
-    pub fn awaits_token(&self, step: usize) -> bool {
-        self.sampling.has_penalties() && (0..step).any(|step| self.is_sampled_in(step))
-    }
-
     /// Tokens known when so many of the planned steps are done and none of them has ended the sequence early.
     pub fn known_len_after(&self, num_steps: usize) -> usize {
         self.known_len() + (0..num_steps).filter(|&step| self.is_sampled_in(step)).count()
@@ -285,16 +279,9 @@ impl Sequence {
         }
         self.token_ids.push(token_id);
         if self.sampling.has_penalties() {
-            self.count_use(token_id);
+            TokenUse::count(&mut self.token_uses, token_id);
         }
         (self.answer_len() == self.max_tokens).then_some(FinishReason::Length)
-    }
-
-    fn count_use(&mut self, token_id: u32) {
-        match self.token_uses.binary_search_by_key(&token_id, |token| token.token_id) {
-            Ok(place) => self.token_uses[place].num_in_answer += 1,
-            Err(place) => self.token_uses.insert(place, TokenUse { token_id, num_in_answer: 1 }),
-        }
     }
 
     /// It has left. A planned step may compute one token more: the one that was sampled last, which no answer has.

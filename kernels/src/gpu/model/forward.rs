@@ -33,6 +33,13 @@ impl Runner {
         head: Head,
         penalties: Option<&DevicePenalties<'_>>,
     ) -> Result<(), DeviceError> {
+        if penalties.is_some() {
+            // Samples of the first rows are written before the penalties of the last.
+            let (from, to) = (&self.sampled, &self.sampled_before);
+            let num_bytes = to.len() * size_of::<u32>();
+            // SAFETY: both have so many ids.
+            unsafe { self.device.copy(to.address(), from.address(), num_bytes)? };
+        }
         self.layers(layout, inputs)?;
         let num_heads = layout.shape.num_heads;
         for first in (0..num_heads).step_by(MAX_HEAD_ROWS) {
@@ -236,6 +243,8 @@ impl Runner {
             penalties: of_step.penalties.part(first, num_rows),
             indptr: of_step.indptr.part(first, num_rows + 1),
             uses: of_step.uses,
+            newest_from: of_step.newest_from.part(first, num_rows),
+            sampled: &self.sampled_before,
         };
         penalties(&*self.device, &args)
     }

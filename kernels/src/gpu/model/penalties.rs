@@ -19,6 +19,7 @@ pub(super) struct PenaltyLayout {
     num_heads: usize,
     num_uses: usize,
     indptr: usize,
+    newest_from: usize,
     uses: usize,
     num_bytes: usize,
 }
@@ -30,6 +31,8 @@ pub(super) struct DevicePenalties<'a> {
     /// `[num_heads + 1]`
     pub(super) indptr: DeviceSlice<'a, u32>,
     pub(super) uses: DeviceSlice<'a, TokenUse>,
+    /// `[num_heads]`: where among what the step before has sampled the token is that the host has not counted, or -1.
+    pub(super) newest_from: DeviceSlice<'a, i32>,
 }
 
 pub(super) struct PenaltyInputs {
@@ -43,8 +46,10 @@ impl PenaltyLayout {
         let num_heads = batch.sampling.iter().flatten().count();
         let num_uses = batch.token_uses.len();
         let indptr = (num_heads * size_of::<RowPenalties>()).next_multiple_of(ALIGN);
-        let uses = (indptr + (num_heads + 1) * size_of::<u32>()).next_multiple_of(ALIGN);
-        Self { num_heads, num_uses, indptr, uses, num_bytes: uses + num_uses * size_of::<TokenUse>() }
+        let newest_from = (indptr + (num_heads + 1) * size_of::<u32>()).next_multiple_of(ALIGN);
+        let uses = (newest_from + num_heads * size_of::<i32>()).next_multiple_of(ALIGN);
+        let num_bytes = uses + num_uses * size_of::<TokenUse>();
+        Self { num_heads, num_uses, indptr, newest_from, uses, num_bytes }
     }
 }
 
@@ -54,28 +59,36 @@ impl PenaltyInputs {
         Ok(Self { device: Arc::clone(device), host: [host()?, host()?], there: DeviceVec::new(device, 0)? })
     }
 
-    /// Fills block `index` and queues its copy; the step that used it before is finished. `None` if the step has no
+    /// Fills block `index` and queues its copy; the step that used it before is finished. `sampled_at` is where the step
+    /// before this one leaves the token of each of its sequences. `None` if the step has no
     /// penalties, or none that is for anything yet.
     pub(super) fn upload(
         &mut self,
         batch: &StepBatch,
+        sampled_at: &[Option<u32>],
         index: usize,
     ) -> Result<Option<PenaltyLayout>, DeviceError> {
-        if batch.token_uses.is_empty() {
+        if !batch.has_penalties() {
             return Ok(None);
         }
         let layout = PenaltyLayout::of(batch);
         self.grow(index, layout.num_bytes)?;
         let block = &mut self.host[index].as_mut_slice()[..layout.num_bytes];
         let (rest, uses) = block.split_at_mut(layout.uses);
+        let (rest, newest_from) = rest.split_at_mut(layout.newest_from);
         let (penalties, indptr) = rest.split_at_mut(layout.indptr);
         let penalties: &mut [RowPenalties] = as_plain(penalties, layout.num_heads);
         let indptr: &mut [u32] = as_plain(indptr, layout.num_heads + 1);
+        let newest_from: &mut [i32] = as_plain(newest_from, layout.num_heads);
         // Who is not sampled has no uses, so those of the others lie one behind the other.
-        let sampled = batch.sampling.iter().zip(&batch.token_uses_indptr);
-        let sampled = sampled.filter_map(|(params, &first)| Some((params.as_ref()?, first)));
-        for ((params, first), (row, place)) in sampled.zip(penalties.iter_mut().zip(&mut *indptr)) {
-            (*row, *place) = (RowPenalties::from(params), first);
+        let sampled =
+            batch.sampling.iter().enumerate().filter_map(|(seq, params)| Some((seq, params.as_ref()?)));
+        for (head, (seq, params)) in sampled.enumerate() {
+            penalties[head] = RowPenalties::from(params);
+            indptr[head] = batch.token_uses_indptr[seq];
+            let newest = batch.sampled_by[seq].filter(|_| params.has_penalties());
+            let at = |seq: u32| sampled_at[seq as usize].expect("the step before samples for it") as i32;
+            newest_from[head] = newest.map_or(-1, at);
         }
         indptr[layout.num_heads] = layout.num_uses as u32;
         as_plain(uses, layout.num_uses).copy_from_slice(&batch.token_uses);
@@ -102,6 +115,7 @@ impl PenaltyInputs {
             penalties: DeviceSlice::of_bytes(&self.there, 0, layout.num_heads),
             indptr: DeviceSlice::of_bytes(&self.there, layout.indptr, layout.num_heads + 1),
             uses: DeviceSlice::of_bytes(&self.there, layout.uses, layout.num_uses),
+            newest_from: DeviceSlice::of_bytes(&self.there, layout.newest_from, layout.num_heads),
         }
     }
 }

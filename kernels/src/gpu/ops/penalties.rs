@@ -45,6 +45,9 @@ pub(crate) struct Penalties<'a> {
     pub(crate) indptr: DeviceSlice<'a, u32>,
     /// `[indptr.last()]`; a token of a row has one.
     pub(crate) uses: DeviceSlice<'a, TokenUse>,
+    /// `[num_rows]`: which of `sampled` was used once more, or -1; the row's uses are in the order of their ids then.
+    pub(crate) newest_from: DeviceSlice<'a, i32>,
+    pub(crate) sampled: &'a DeviceVec<u32>,
 }
 
 #[derive(Clone, Copy)]
@@ -55,6 +58,8 @@ struct Params {
     penalties: Address,
     indptr: Address,
     uses: Address,
+    newest_from: Address,
+    sampled: Address,
     vocab_size: u32,
 }
 
@@ -62,14 +67,18 @@ pub(crate) fn penalties(device: &dyn Device, args: &Penalties<'_>) -> Result<(),
     let Penalties { num_rows, vocab_size, .. } = *args;
     assert!(args.rows_of.map_or(args.logits.len() >= num_rows * vocab_size, |rows| rows.len() >= num_rows));
     assert!(args.penalties.len() >= num_rows && args.indptr.len() > num_rows);
+    assert!(args.newest_from.len() >= num_rows);
     let params = Params {
         logits: args.logits.address(),
         rows_of: Address::of(args.rows_of),
         penalties: args.penalties.address(),
         indptr: args.indptr.address(),
         uses: args.uses.address(),
+        newest_from: args.newest_from.address(),
+        sampled: args.sampled.address(),
         vocab_size: vocab_size as u32,
     };
-    // SAFETY: the lengths were checked above; rows of `rows_of` and the end of `indptr` are those of the batch.
+    // SAFETY: the lengths were checked above; rows of `rows_of`, the end of `indptr` and `newest_from` are those of the
+    // batch.
     unsafe { launch(device, &KERNEL, [num_rows as u32, 1, 1], &params) }
 }

@@ -285,7 +285,6 @@ impl Requests {
                 num if num == num_known => {
                     batch.push(&answer[num - 1..], position, &pages(seq, 16), Some(params));
                 }
-                _ if params.has_penalties() => continue,
                 _ => {
                     let sampled_by = before.iter().position(|&other| other == seq).unwrap();
                     batch.push_ahead(sampled_by as u32, position, &pages(seq, 16), Some(params));

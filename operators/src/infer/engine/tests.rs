@@ -197,9 +197,9 @@ fn a_step_always_runs_until_the_last_prompt_ends() {
     assert_eq!(at_finish.len() as u64, engine.stats().steps);
 }
 
-/// The next token depends on the last one, which the host must see first; others do not wait for that.
+/// The next token depends on the last one, which the model counts before the host has seen it.
 #[test]
-fn penalties_wait_for_the_token_before_and_nobody_else_does() {
+fn penalties_wait_for_nobody() {
     let fake = FakeConfig { runs_ahead: true, eos_probability: 0.0, ..fake_config(500, 4) };
     let at_finish = Arc::default();
     let model =
@@ -207,15 +207,18 @@ fn penalties_wait_for_the_token_before_and_nobody_else_does() {
     let config = EngineConfig { max_num_seqs: 8, max_num_batched_tokens: 20, enable_prefix_cache: true };
     let mut engine = Engine::new(Box::new(model), config);
     let sampling = SamplingParams { frequency_penalty: 0.5, ..SamplingParams::GREEDY };
-    engine.submit(SequenceRequest { sampling, ..request(0, &[1, 2, 3], 10) }).unwrap();
-    run(&mut engine);
-    assert_eq!((std::mem::take(&mut *at_finish.lock().unwrap()), engine.stats().steps), (vec![1; 10], 10));
-    engine.submit(SequenceRequest { sampling, ..request(1, &[1, 2, 3], 10) }).unwrap();
-    engine.submit(request(2, &[7, 8, 9], 19)).unwrap();
-    run(&mut engine);
-    // Both get a token in the first step; then one is in every step, and the other in every second one.
-    assert_eq!(engine.stats().steps, 10 + 19);
-    assert_eq!(*at_finish.lock().unwrap(), [vec![2; 18], vec![1]].concat());
+    let requests = [
+        SequenceRequest { sampling, ..request(0, &[1, 2, 3], 10) },
+        SequenceRequest { sampling, ..request(1, &[1, 2, 4], 10) },
+        request(2, &[7, 8, 9], 19),
+    ];
+    engine.submit(requests[0].clone()).unwrap();
+    check_answers(&run(&mut engine), &requests[..1]);
+    let at_finish = || std::mem::take(&mut *at_finish.lock().unwrap());
+    assert_eq!((at_finish(), engine.stats().steps), ([vec![2; 9], vec![1]].concat(), 10));
+    requests[1..].iter().for_each(|request| engine.submit(request.clone()).unwrap());
+    check_answers(&run(&mut engine), &requests[1..]);
+    assert_eq!((at_finish(), engine.stats().steps), ([vec![2; 18], vec![1]].concat(), 10 + 19));
 }
 
 #[test]

@@ -203,16 +203,14 @@ impl Case {
         let uncomputed_len = |sequence: &Sequence| sequence.uncomputed_len(step);
         let is_cut = |one: &&Sequence| (1..uncomputed_len(one)).contains(&one.chunk_lens[step]);
         assert!(in_all.clone().filter(is_cut).count() <= 1, "two prompts are cut in one step");
-        let awaits_token = |one: &Sequence| one.awaits_token(step);
-        let is_left_out =
-            |one: &Sequence| uncomputed_len(one) == 1 && one.chunk_lens[step] == 0 && !awaits_token(one);
+        let is_left_out = |one: &Sequence| uncomputed_len(one) == 1 && one.chunk_lens[step] == 0;
         if in_all.clone().any(is_left_out) && !scheduler.needs_commit {
             assert_eq!(batch.num_tokens(), scheduler.config.max_num_batched_tokens, "a decode was left out");
         }
         // Whom the step leaves out while lower priorities are served has nothing to compute, or no room.
         let is_served = |sequence: &&Sequence| sequence.chunk_lens[step] > 0;
         let lowest = in_all.clone().filter(is_served).map(|sequence| sequence.priority).max();
-        let mut left_out = in_all.clone().filter(|one| !is_served(one) && !awaits_token(one));
+        let mut left_out = in_all.clone().filter(|one| !is_served(one));
         assert!(scheduler.needs_commit || left_out.all(|sequence| Some(sequence.priority) >= lowest));
         assert!(self.scheduler.running.is_sorted_by_key(|sequence| sequence.priority));
         for sequence in &self.scheduler.running {
