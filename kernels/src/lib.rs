@@ -5,6 +5,7 @@
 //! `backend` is the list of the ops. Text never comes here: tokenizers live with the operators.
 
 mod backend;
+pub mod cache;
 mod cpu;
 pub mod gguf;
 pub mod gpu;

@@ -15,7 +15,9 @@ import time
 # As in pipeline/src/bench/gpu/workloads.rs, so that both are given the same lengths.
 STRIDE = 7919
 NUM_WARM = 8
-# The configurations of the models, as in pipeline/src/bench/gpu/shapes.rs.
+# As Tidemill's on a GPU.
+MAX_BATCH_TOKENS = 8192
+# The sizes of the models, as in pipeline/src/bench/gpu/shapes.rs; how far positions are scaled costs no time.
 SHAPES = {
     "qwen3-8b": ("Qwen3Config", dict(
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
@@ -39,9 +41,8 @@ def ragged_len(mean, index, requests):
 def prompts(args, vocab_size):
     draw = random.Random(1)
     tokens = lambda length: [draw.randrange(vocab_size) for _ in range(length)]
-    shared = tokens(args.shared_len)
     lens = (ragged_len(args.prompt_len, index, args.requests) for index in range(args.requests))
-    return [shared + tokens(length - args.shared_len) for length in lens]
+    return [tokens(length) for length in lens]
 
 
 def not_run(reason):
@@ -49,7 +50,7 @@ def not_run(reason):
     sys.exit(3)
 
 
-def make_model(args):
+def make_model(args, attention):
     import torch
     import transformers
 
@@ -57,7 +58,7 @@ def make_model(args):
     config = getattr(transformers, name)(**sizes)
     with torch.device(args.device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation=args.attention, dtype=torch.bfloat16)
+            config, attn_implementation=attention, dtype=torch.bfloat16)
     return model.eval()
 
 
@@ -69,10 +70,8 @@ def manager_of(model, args, longest):
     from transformers.generation import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
-    batching = ContinuousBatchingConfig(max_batch_tokens=args.max_batch_tokens)
-    if hasattr(batching, "auto_switch_to_flash"):
-        # It would fetch a kernel.
-        batching.auto_switch_to_flash = False
+    # To switch to flash attention would fetch a kernel.
+    batching = ContinuousBatchingConfig(max_batch_tokens=MAX_BATCH_TOKENS, auto_switch_to_flash=False)
     return model.continuous_batching_context_manager(
         generation_config=GenerationConfig(
             max_new_tokens=args.output_len, do_sample=False, eos_token_id=-1, pad_token_id=0),
@@ -101,11 +100,8 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--prompt-len", type=int, default=3000, help="mean of the lengths")
-    parser.add_argument("--shared-len", type=int, default=0)
     parser.add_argument("--output-len", type=int, default=200)
-    parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script")
-    parser.add_argument("--attention", help="flash_attention_2 where it is installed, else sdpa")
     args = parser.parse_args()
     try:
         import torch
@@ -117,11 +113,10 @@ def main():
     takes = inspect.signature(getattr(transformers.GenerationMixin, "continuous_batching_context_manager", lambda: None))
     if "workload_hints" not in takes.parameters:
         not_run(f"transformers {transformers.__version__} is too old, 5.24 has all that is used")
-    if not args.attention:
-        from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available
 
-        args.attention = "flash_attention_2" if args.device == "cuda" and is_flash_attn_2_available() else "sdpa"
-    model = make_model(args)
+    attention = "flash_attention_2" if args.device == "cuda" and is_flash_attn_2_available() else "sdpa"
+    model = make_model(args, attention)
     inputs = prompts(args, model.config.vocab_size)
     # Others, so that nothing of them is in the cache already.
     warm = [tokens[::-1] for tokens in inputs[:NUM_WARM]]
@@ -138,7 +133,7 @@ def main():
     if output_tokens != args.requests * args.output_len:
         not_run(f"{output_tokens} tokens came out, {args.requests * args.output_len} were asked for")
     print(json.dumps({
-        "peer": f"transformers {transformers.__version__}, {args.attention}, torch {torch.__version__}",
+        "peer": f"transformers {transformers.__version__}, {attention}, torch {torch.__version__}",
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device, "shape": args.shape, "requests": args.requests,
         "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "seconds": seconds,
         "prompt_tokens_per_second": prompt_tokens / seconds, "output_tokens_per_second": output_tokens / seconds,

@@ -43,16 +43,23 @@ const BASE: Setting = Setting {
     learns_short: false,
 };
 
-/// Some with a common beginning, greedy and drawn.
+/// Some with a common beginning, greedy, drawn and penalized.
 fn requests() -> Vec<(Arc<[u32]>, SamplingParams)> {
     let token = |i: u32| 3 + (i * 7919 + i * i * 31) % 250;
     let drawn = SamplingParams { temperature: 0.9, top_p: 0.95, seed: 11, ..SamplingParams::GREEDY };
+    let penalized = SamplingParams {
+        repetition_penalty: 1.2,
+        presence_penalty: 0.1,
+        frequency_penalty: 0.3,
+        min_p: 0.05,
+        ..drawn
+    };
     (0..7u32)
         .map(|seq| {
             let shared = if seq < 4 { 0 } else { 1000 * seq };
             let prefix = (0..PREFIX_LEN).map(|i| token(shared + i));
             let own = (0..3 + 9 * seq).map(|i| token(100 * (seq + 1) + i));
-            let sampling = if seq % 2 == 0 { SamplingParams::GREEDY } else { drawn };
+            let sampling = [SamplingParams::GREEDY, drawn, penalized][seq as usize % 3];
             (prefix.chain(own).collect(), SamplingParams { ignore_eos: true, ..sampling })
         })
         .collect()

@@ -60,7 +60,7 @@ fn the_engine_is_measured_on_a_gpu() {
         let report = json(&folder.path().join("gpu.json"));
         assert_eq!(report["device"], "cuda:0 (fake H100)");
         assert_eq!((&report["weights"], &report["kv_cache"]), (&dtype.into(), &kv_cache.into()));
-        for ceiling in ["bf16_tflops", "weight_tflops", "copy_gb_per_second"] {
+        for ceiling in ["half_tflops", "weight_tflops", "copy_gb_per_second"] {
             assert!(report["ceilings"][ceiling].as_f64().unwrap() > 0.0, "{ceiling}: {report}");
         }
         for rate in ["bus_gb_per_second", "weights_gb_per_second"] {

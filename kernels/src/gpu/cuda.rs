@@ -80,9 +80,10 @@ impl CudaDevice {
             let mut number = 0;
             check(what, get(&mut number)).map(|()| number)
         };
-        // SAFETY: the driver has all functions, that was checked, here and below; the pointers are to numbers.
+        // SAFETY: the driver has this function, and all others below, that was checked; the pointers are to numbers.
         let version = number("tell its version", &|to| unsafe { sys::cuDriverGetVersion(to) })?;
         open::check_driver_version(version)?;
+        library::check_driver_functions()?;
         // SAFETY: as above.
         match unsafe { sys::cuInit(0) } {
             CUresult::CUDA_SUCCESS => (),

@@ -7,7 +7,7 @@ mod cache;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use self::cache::{ImageCache, user_cache};
+pub(crate) use self::cache::ImageCache;
 
 /// A file of `kernels/cuda`.
 #[derive(Clone, Copy, Debug)]

@@ -89,7 +89,7 @@ struct Runner {
     parts: AttentionParts,
     rope: DeviceRope,
     window_rope: Option<DeviceRope>,
-    /// `[max_num_seqs]`: ids, and error codes behind them.
+    /// `[max_num_seqs]`: ids, and error codes behind them. The next step may read the ids.
     sampled: DeviceVec<u32>,
     /// `[max_num_seqs]`: ids of the step before, where a step has penalties.
     sampled_before: DeviceVec<u32>,

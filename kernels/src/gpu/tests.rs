@@ -7,7 +7,7 @@
 mod attention;
 mod device;
 mod experts;
-mod gemm;
+pub(super) mod gemm;
 mod host_time;
 mod log_probs;
 mod mistakes;

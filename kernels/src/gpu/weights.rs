@@ -218,6 +218,12 @@ fn matrix_bytes(config: &ModelConfig, stride: usize, options: GpuOptions) -> u64
         + num_tables * vocab_size * hidden * size_of::<u16>() as u64
 }
 
+/// Numbers from one head to the next: the head dimension of the attention kernel.
+pub(super) fn head_stride(head_dim: usize) -> Result<usize, GpuError> {
+    let stride = HEAD_DIMS.into_iter().find(|&stride| stride >= head_dim && head_dim.is_multiple_of(4));
+    stride.ok_or(GpuError::HeadDim { head_dim: head_dim as u32 })
+}
+
 /// How heads are laid out.
 #[derive(Clone, Copy, Debug)]
 struct Heads {
@@ -228,8 +234,7 @@ struct Heads {
 impl Heads {
     fn of(config: &ModelConfig) -> Result<Self, ModelError> {
         let head_dim = config.head_dim as usize;
-        let stride = HEAD_DIMS.into_iter().find(|&stride| stride >= head_dim && head_dim.is_multiple_of(4));
-        let stride = stride.ok_or(GpuError::HeadDim { head_dim: config.head_dim })?;
+        let stride = head_stride(head_dim)?;
         for (what, size) in
             [("hidden size", config.hidden_size), ("intermediate size", config.intermediate_size)]
         {

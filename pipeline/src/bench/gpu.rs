@@ -14,7 +14,7 @@ mod workloads;
 
 use serde::Serialize;
 use tidemill_kernels::gpu::peak::{LoadingRates, copy_gb_per_second, gemm_tflops, loading_rates};
-use tidemill_kernels::gpu::{GpuError, HalfDtype, WeightDtype};
+use tidemill_kernels::gpu::{GpuError, GpuOptions, WeightDtype};
 use tidemill_kernels::models::{ModelConfig, ModelError};
 use tidemill_kernels::step::Model;
 use tidemill_operators::infer::engine::{Engine, EngineConfig};
@@ -187,13 +187,15 @@ fn ceilings(gpus: &Gpus, size: usize, clock: Clock) -> Result<Ceilings, GpuError
     let elapsed = || clock.elapsed();
     let gpu = gpus.first();
     let tflops = |dtype| gemm_tflops(gpu, [size; 3], dtype, &elapsed);
-    let options = gpus.options();
-    let weight_dtype = (options.dtype.unwrap_or_default(), options.weight_dtype);
-    let bf16 = (HalfDtype::Bf16, WeightDtype::Half);
-    let bf16_tflops = tflops(bf16)?;
-    let weight_tflops = if weight_dtype == bf16 { bf16_tflops } else { tflops(weight_dtype)? };
+    let GpuOptions { dtype, weight_dtype, .. } = gpus.options();
+    let half = dtype.unwrap_or_default();
+    let half_tflops = tflops((half, WeightDtype::Half))?;
+    let weight_tflops = match weight_dtype {
+        WeightDtype::Half => half_tflops,
+        WeightDtype::E4m3 => tflops((half, weight_dtype))?,
+    };
     let copy_gb_per_second = copy_gb_per_second(gpu, COPY_FACTOR * size * size, &elapsed)?;
-    Ok(Ceilings { bf16_tflops, weight_tflops, copy_gb_per_second })
+    Ok(Ceilings { half_tflops, weight_tflops, copy_gb_per_second })
 }
 
 fn loading(gpus: &Gpus, size: usize, clock: Clock) -> Result<Loading, ModelError> {
@@ -206,14 +208,18 @@ impl GpuReport {
         let weights = if self.has_random_weights { "random weights" } else { "its weights" };
         let title =
             format!("{}, {weights} in {}, keys and values in {}", self.model, self.weights, self.kv_cache);
-        let peaks = [
-            ("GEMM, bf16".to_owned(), format!("{:.0} TFLOP/s", self.ceilings.bf16_tflops)),
-            (format!("GEMM, {}", self.weights), format!("{:.0} TFLOP/s", self.ceilings.weight_tflops)),
+        let gemm = |name: &str, tflops: f64| (format!("GEMM, {name}"), format!("{tflops:.0} TFLOP/s"));
+        let of_weights = gemm(self.weights, self.ceilings.weight_tflops);
+        // Weights of 8 bits are multiplied beside a head and attention in 16.
+        let half =
+            (self.weights == Dtype::Fp8.name()).then(|| gemm(Dtype::Bf16.name(), self.ceilings.half_tflops));
+        let others = [
             ("memory copied".to_owned(), format!("{:.0} GB/s", self.ceilings.copy_gb_per_second)),
             ("memory of the host copied".to_owned(), format!("{:.1} GB/s", self.loading.bus_gb_per_second)),
             ("weights loaded".to_owned(), format!("{:.1} GB/s", self.loading.weights_gb_per_second)),
             ("KV cache".to_owned(), format!("{} tokens", self.kv_tokens)),
         ];
+        let peaks = half.into_iter().chain([of_weights]).chain(others);
         let rows = self.rows.iter().map(render_row);
         let attention = self.attention.iter().map(render_attention);
         format!(

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use sha2::{Digest, Sha256};
+use tidemill_kernels::cache::user_cache;
 
 use super::catalogue::{Entry, Part};
 use super::digest::{file_digest, hex};
@@ -59,12 +60,7 @@ impl PullError {
 
 /// Where models are kept.
 pub fn cache_folder() -> Result<PathBuf, PullError> {
-    let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    var("TIDEMILL_CACHE")
-        .or_else(|| var("XDG_CACHE_HOME").map(|folder| folder.join("tidemill")))
-        .or_else(|| var("HOME").map(|folder| folder.join(".cache/tidemill")))
-        .map(|folder| folder.join("models"))
-        .ok_or(PullError::NoCache)
+    user_cache().map(|folder| folder.join("models")).ok_or(PullError::NoCache)
 }
 
 /// Where a catalogued model's file is, or would be.

@@ -6,7 +6,7 @@
 //! one piece and in one order. Numbers of e4m3 have a scale for each row of `x` and of `weight`; where cuBLASLt cannot
 //! apply these (before Hopper, or before cuBLAS 12.9), the plain product is scaled by a kernel afterwards.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
@@ -78,8 +78,8 @@ struct Plan {
     shape: Shape,
     algorithm: cublasLtMatmulAlgo_t,
     max_workspace_bytes: usize,
-    /// Of rows, that the algorithm was asked for.
-    checked: BTreeSet<usize>,
+    /// Whether the algorithm can do so many rows, where it was asked.
+    checked: BTreeMap<usize, bool>,
 }
 
 /// Descriptors, destroyed with this.
@@ -273,7 +273,7 @@ impl Gemms {
             }
             for algorithm in self.algorithms(gemm, &shape, rows)? {
                 let max_workspace_bytes = workspace_bytes(rows);
-                let mut plan = Plan { shape, algorithm, max_workspace_bytes, checked: BTreeSet::new() };
+                let mut plan = Plan { shape, algorithm, max_workspace_bytes, checked: BTreeMap::new() };
                 let is_fit = match rows {
                     Rows::All => plan.is_invariant(self.handle)?,
                     Rows::UpTo(_) | Rows::Exactly(_) => plan.can_do(self.handle, m),
@@ -335,10 +335,11 @@ impl Gemms {
 impl Plan {
     /// Sets the layouts to so many rows; whether the algorithm can do them.
     fn can_do(&mut self, handle: cublasLtHandle_t, m: usize) -> bool {
-        if self.shape.set_rows(m).is_err() {
+        let known = self.checked.get(&m).copied();
+        if known == Some(false) || self.shape.set_rows(m).is_err() {
             return false;
         }
-        if self.checked.contains(&m) {
+        if known == Some(true) {
             return true;
         }
         let shape = &self.shape;
@@ -359,9 +360,7 @@ impl Plan {
         };
         let can_do = status == cublasStatus_t::CUBLAS_STATUS_SUCCESS
             && result.workspaceSize <= self.max_workspace_bytes;
-        if can_do {
-            self.checked.insert(m);
-        }
+        self.checked.insert(m, can_do);
         can_do
     }
 
@@ -539,6 +538,7 @@ impl Drop for Preferences {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::gpu::tests::gemm::KINDS;
 
     #[test]
     fn buckets_are_few_and_close() {
@@ -553,15 +553,7 @@ pub(super) mod tests {
 
     /// Descriptors for all kinds of products; wants the library, and no device.
     pub(in crate::gpu::cuda) fn describe_all() {
-        for (input, output) in [
-            (GemmInput::Bf16, GemmOutput::Bf16),
-            (GemmInput::Bf16, GemmOutput::F32),
-            (GemmInput::F16, GemmOutput::F16),
-            (GemmInput::F16, GemmOutput::F32),
-            (GemmInput::E4m3, GemmOutput::Bf16),
-            (GemmInput::E4m3, GemmOutput::F16),
-            (GemmInput::E4m3, GemmOutput::F32),
-        ] {
+        for (input, output) in KINDS {
             let [x, weight, out] = [1, 2, 3].map(|i| Address(i << 20));
             let scales = (input == GemmInput::E4m3).then_some(Address(4 << 20));
             let (x_scale, weight_scale) = (scales, scales);

@@ -12,7 +12,7 @@ use cudarc::driver::sys;
 use cudarc::{cublaslt, nvrtc};
 
 use super::open::CudaError;
-use crate::gpu::image::user_cache;
+use crate::cache::user_cache;
 
 /// Folders to look into, between colons.
 pub(super) const FOLDERS_VARIABLE: &str = "TIDEMILL_CUDA_LIBRARIES";
@@ -22,7 +22,7 @@ const FETCHED: &str = "cuda/libraries/nvidia/cu13/lib";
 const NAMES: [&str; 3] = ["libcublasLt.so", "libnvrtc-builtins.so", "libnvrtc.so"];
 
 /// What is called of the driver. `tests.rs` sees that nothing is left out.
-pub(super) const DRIVER_FUNCTIONS: [&str; 39] = [
+pub(super) const DRIVER_FUNCTIONS: [&str; 40] = [
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -30,7 +30,6 @@ pub(super) const DRIVER_FUNCTIONS: [&str; 39] = [
     "cuDeviceGetName",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
-    "cuDriverGetVersion",
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventQuery",
@@ -62,10 +61,11 @@ pub(super) const DRIVER_FUNCTIONS: [&str; 39] = [
     "cuStreamDestroy_v2",
     "cuStreamEndCapture",
     "cuStreamSynchronize",
+    "cuTensorMapEncodeTiled",
+    "cuThreadExchangeStreamCaptureMode",
 ];
-/// The same, from CUDA 12.0 on.
-pub(super) const DRIVER_FUNCTIONS_12: [&str; 2] =
-    ["cuTensorMapEncodeTiled", "cuThreadExchangeStreamCaptureMode"];
+/// Asked before all others: what else is missing is missing for its age.
+pub(super) const VERSION: &str = "cuDriverGetVersion";
 /// Used where the driver has it.
 pub(super) const PARAM_INFO: &str = "cuFuncGetParamInfo";
 
@@ -80,13 +80,18 @@ pub(super) fn has_driver_function(name: &str) -> bool {
     unsafe { sys::culib().get::<*const ()>(name.as_bytes()).is_ok() }
 }
 
-/// The driver has all that is called.
+/// There is a driver that tells its version.
 pub(super) fn check_driver() -> Result<(), CudaError> {
-    if !has_driver() {
-        return Err(CudaError::NoDriver);
+    match has_driver() {
+        false => Err(CudaError::NoDriver),
+        true if has_driver_function(VERSION) => Ok(()),
+        true => Err(CudaError::NoFunction { name: VERSION }),
     }
-    let mut names = DRIVER_FUNCTIONS.iter().chain(&DRIVER_FUNCTIONS_12);
-    match names.find(|name| !has_driver_function(name)) {
+}
+
+/// The driver has all that is called.
+pub(super) fn check_driver_functions() -> Result<(), CudaError> {
+    match DRIVER_FUNCTIONS.iter().find(|name| !has_driver_function(name)) {
         Some(name) => Err(CudaError::NoFunction { name }),
         None => Ok(()),
     }

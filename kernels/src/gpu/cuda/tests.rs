@@ -24,7 +24,6 @@ fn opening_says_what_is_missing() {
         CudaError::NoSuchDevice { ordinal, count } => assert!(ordinal == 1000 && (1..1000).contains(&count)),
         error => panic!("{error}"),
     }
-    assert!(!error.help().is_empty());
 }
 
 #[test]
@@ -58,8 +57,11 @@ fn all_driver_functions_are_looked_for() {
             }
         }
     }
-    let looked_for = library::DRIVER_FUNCTIONS.iter().chain(&library::DRIVER_FUNCTIONS_12);
-    let looked_for = looked_for.chain([&library::PARAM_INFO]).map(|name| (*name).to_owned()).collect();
+    let looked_for = library::DRIVER_FUNCTIONS
+        .iter()
+        .chain([&library::PARAM_INFO, &library::VERSION])
+        .map(|name| (*name).to_owned())
+        .collect();
     assert_eq!(called, looked_for);
 }
 
@@ -94,7 +96,6 @@ fn products_are_described_to_cublas() {
         gemm::tests::describe_all();
     } else {
         missing(&CudaError::NoCublasLt.to_string());
-        assert!(CudaError::NoCublasLt.help().contains("nvidia-cublas"));
     }
 }
 

@@ -6,6 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::cache::user_cache;
+
 const HASH_BYTES: usize = blake3::OUT_LEN;
 
 pub(crate) struct ImageCache {
@@ -43,14 +45,6 @@ impl ImageCache {
         }
         Ok(image)
     }
-}
-
-/// Where Tidemill keeps what it can make or fetch again.
-pub(crate) fn user_cache() -> Option<PathBuf> {
-    let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    var("TIDEMILL_CACHE")
-        .or_else(|| var("XDG_CACHE_HOME").map(|folder| folder.join("tidemill")))
-        .or_else(|| var("HOME").map(|folder| folder.join(".cache/tidemill")))
 }
 
 fn name(parts: &[&str]) -> String {

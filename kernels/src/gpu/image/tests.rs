@@ -116,6 +116,12 @@ fn disassemble(nvcc: &str, image: &str) -> Vec<(String, String, String)> {
 
 #[test]
 fn sources_promise_what_they_call() {
+    for (call, _) in WRAPPERS {
+        assert!(
+            SOURCES.iter().any(|source| source.text.contains(call)),
+            "nobody calls {call}: was it renamed?"
+        );
+    }
     for source in SOURCES {
         let promised = promises(source, &["any", "sm_80", "sm_90a"]);
         for (call, instruction) in WRAPPERS.into_iter().filter(|(call, _)| source.text.contains(call)) {

@@ -1,6 +1,6 @@
 //! Working memory of a step on the device, allocated once for the largest step.
 //!
-//! Contents mean nothing between two steps, but for `sampled`: the next step may read what this one sampled.
+//! Contents mean nothing between two steps.
 
 use std::sync::Arc;
 

@@ -6,7 +6,7 @@ use crate::backend::RopeTable;
 use crate::gpu::device::{Device, DeviceError};
 use crate::gpu::memory::DeviceVec;
 
-/// Positions that are computed at once.
+/// Positions that are computed at once, at least.
 const BLOCK_POSITIONS: usize = 256;
 
 /// `[max_position, 2, head_dim / 2]`: cosines, then sines.
@@ -34,7 +34,9 @@ impl DeviceRope {
         if last < self.num_filled {
             return Ok(());
         }
-        let end = ((last / BLOCK_POSITIONS + 1) * BLOCK_POSITIONS).min(self.max_position);
+        // The write waits for the step that runs, so there are few: each makes the table at least twice as long.
+        let end =
+            ((last / BLOCK_POSITIONS + 1) * BLOCK_POSITIONS).max(2 * self.num_filled).min(self.max_position);
         let mut rows = Vec::with_capacity((end - self.num_filled) * self.head_dim);
         for position in self.num_filled..end {
             let (cos, sin) = source.row(position as u32);

@@ -66,6 +66,7 @@ impl GpuModel {
         batch.check(&self.info);
         assert!(self.in_flight.is_empty(), "a step is in flight");
         assert!(!batch.is_ahead(), "no step runs whose tokens could be taken");
+        assert!(batch.swaps.is_empty(), "nobody was preempted");
         assert!(batch.num_tokens() <= self.runner.max_rows() && batch.num_seqs() <= self.max_num_seqs());
         self.plan.plan(batch);
         let num_heads = rows.len().min(self.max_num_seqs()).min(MAX_HEAD_ROWS);

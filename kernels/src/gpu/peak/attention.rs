@@ -9,6 +9,7 @@ use crate::gpu::half_vec::{HalfDtype, HalfVec};
 use crate::gpu::memory::{DeviceSlice, DeviceVec};
 use crate::gpu::ops::{AttentionArgs, AttentionParts, PagedKv, attention, quantize, randomize};
 use crate::gpu::plan::{AttentionPlan, PlanLayout, PlanOptions};
+use crate::gpu::weights::head_stride;
 use crate::gpu::{Gpu, GpuError, GpuOptions, KvDtype};
 use crate::step::{PageId, StepBatch};
 
@@ -19,7 +20,6 @@ const PAGE_SIZE: usize = 64;
 pub struct Heads {
     pub num_heads: usize,
     pub num_kv_heads: usize,
-    /// One of those that kernels know: 64, 128 or 256.
     pub head_dim: usize,
 }
 
@@ -43,7 +43,7 @@ pub fn attention_seconds(
     let shape = AttentionShape {
         num_heads: heads.num_heads,
         num_kv_heads: heads.num_kv_heads,
-        head_dim: heads.head_dim,
+        head_dim: head_stride(heads.head_dim)?,
         page_size: PAGE_SIZE,
         num_pages: (num_seqs * seq_pages) as usize,
         scale: (heads.head_dim as f32).powf(-0.5),

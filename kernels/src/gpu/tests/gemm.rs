@@ -71,7 +71,8 @@ fn multiply(
     }
 }
 
-const KINDS: [(GemmInput, GemmOutput); 7] = [
+/// All that models ask for.
+pub(in crate::gpu) const KINDS: [(GemmInput, GemmOutput); 7] = [
     (GemmInput::Bf16, GemmOutput::Bf16),
     (GemmInput::Bf16, GemmOutput::F32),
     (GemmInput::F16, GemmOutput::F16),

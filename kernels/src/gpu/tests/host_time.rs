@@ -1,5 +1,5 @@
-//! What the host does for a step, on a device that does nothing: printed, never judged (`--nocapture` shows it). The
-//! driver's own calls (two copies, a graph, an event) come on top.
+//! What the host does for a step, on a device that does nothing: decodes queue no kernel but in a graph, and their time is
+//! printed, never judged (`--nocapture` shows it). The driver's own calls (two copies, a graph, an event) come on top.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -92,7 +92,7 @@ const NUM_STEPS: u32 = 100;
 fn decodes_are_one_graph() {
     let idle = Arc::new(IdleDevice::default());
     let gpu = Gpu { device: Arc::clone(&idle) as Arc<dyn Device> };
-    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/tiny/qwen3");
+    let tiny = sources().join("tests/reference/tiny/qwen3");
     let weights = GpuWeights::load(&gpu, &Checkpoint::open(&tiny).unwrap(), GpuOptions::default()).unwrap();
     let pages_per_seq = (LEN + NUM_STEPS).div_ceil(PAGE_SIZE);
     let config = GpuModelConfig {
@@ -117,8 +117,8 @@ fn decodes_are_one_graph() {
         model.finish().unwrap();
         micros.push(start.elapsed().as_micros());
         // The first such step runs as it is, the second is recorded.
-        let is_new = step < 2 || idle.num_launches.load(Ordering::Relaxed) == launches;
-        assert!(is_new, "step {step} queued kernels one by one");
+        let is_one_graph = step < 2 || idle.num_launches.load(Ordering::Relaxed) == launches;
+        assert!(is_one_graph, "step {step} queued kernels one by one");
     }
     micros.sort_unstable();
     println!("host time of a step of {NUM_SEQS} decodes: {} us (median)", micros[micros.len() / 2]);

@@ -40,7 +40,7 @@ pub(super) fn measure(
     let heads = Heads {
         num_heads: config.num_heads as usize,
         num_kv_heads: config.num_kv_heads as usize,
-        head_dim: (config.head_dim as usize).next_power_of_two().max(64),
+        head_dim: config.head_dim as usize,
     };
     let kv_size = if options.kv_dtype == KvDtype::E4m3 { 1.0 } else { 2.0 };
     let row = |&(name, shape): &(&str, [u32; 3])| {
@@ -64,7 +64,7 @@ impl AttentionRow {
         let flops = 4.0 * seen * (heads.num_heads * heads.head_dim) as f64;
         let kv_len = (heads.num_kv_heads * heads.head_dim) as f64;
         let bytes = 2.0 * num_seqs * (before + rows) * kv_len * kv_size;
-        let compute = flops / (ceilings.bf16_tflops * 1e12);
+        let compute = flops / (ceilings.half_tflops * 1e12);
         let memory = bytes / (ceilings.copy_gb_per_second * 1e9);
         let predicted_seconds = compute.max(memory);
         Self {

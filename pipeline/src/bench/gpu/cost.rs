@@ -11,8 +11,9 @@ use tidemill_kernels::step::StepBatch;
 /// Peaks of a device, measured.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Ceilings {
-    pub(super) bf16_tflops: f64,
-    /// Of the numbers that weights have: those of bf16, or of e4m3.
+    /// Of the 16-bit floats that the model computes in.
+    pub(super) half_tflops: f64,
+    /// Of the numbers that weights have: those, or e4m3.
     pub(super) weight_tflops: f64,
     /// Bytes read and bytes written together.
     pub(super) copy_gb_per_second: f64,
@@ -46,7 +47,7 @@ impl Cost {
 
     pub(super) fn least(&self, ceilings: &Ceilings) -> Least {
         let compute = self.layer_flops / (ceilings.weight_tflops * 1e12)
-            + (self.head_flops + self.attention_flops) / (ceilings.bf16_tflops * 1e12);
+            + (self.head_flops + self.attention_flops) / (ceilings.half_tflops * 1e12);
         let memory = (self.weight_bytes + self.kv_bytes) / (ceilings.copy_gb_per_second * 1e9);
         let bound_by_compute = compute > memory;
         Least { seconds: compute.max(memory), compute_seconds: if bound_by_compute { compute } else { 0.0 } }
@@ -192,12 +193,12 @@ mod tests {
             assert_eq!(cost.layer_flops, f64::from(2 * 2 * layers));
             assert_eq!(cost.weight_bytes, f64::from(layers + 2 * 576 * 49_152));
             assert_eq!(cost.attention_flops, f64::from(2 * 30 * 2 * 18 * 2 * 576));
-            let slow = Ceilings { bf16_tflops: 1e-3, weight_tflops: 1e-3, copy_gb_per_second: 1e6 };
+            let slow = Ceilings { half_tflops: 1e-3, weight_tflops: 1e-3, copy_gb_per_second: 1e6 };
             let least = cost.least(&slow);
             assert!(
                 (least.seconds - cost.flops() / 1e9).abs() < 1e-9 && least.compute_seconds == least.seconds
             );
-            let fast = Ceilings { bf16_tflops: 1e6, weight_tflops: 1e6, copy_gb_per_second: 1.0 };
+            let fast = Ceilings { half_tflops: 1e6, weight_tflops: 1e6, copy_gb_per_second: 1.0 };
             let least = cost.least(&fast);
             let bytes = cost.weight_bytes + cost.kv_bytes;
             assert!((least.seconds - bytes / 1e9).abs() < 1e-9 && least.compute_seconds == 0.0);

@@ -4,7 +4,7 @@ use tidemill_kernels::models::{FakeConfig, FakeModel};
 use super::workloads::{Work, ragged_len};
 use super::*;
 
-const CEILINGS: Ceilings = Ceilings { bf16_tflops: 100.0, weight_tflops: 200.0, copy_gb_per_second: 1000.0 };
+const CEILINGS: Ceilings = Ceilings { half_tflops: 100.0, weight_tflops: 200.0, copy_gb_per_second: 1000.0 };
 
 fn bench(runs_ahead: bool) -> Bench {
     let config = Shape::SmolLm2_135m.config();
